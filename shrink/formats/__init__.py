@@ -1,0 +1,86 @@
+"""File formats. Every public module of this folder is one; listing the folder is the registry.
+
+A format is a module with:
+
+    NAME        what users call it
+    SUFFIX      what a file name ends in when it is written; "" for a folder
+    HOLDS       what a written tensor may be: any of "float32", "float16", "eightbit", "int8", "int4"
+    sniff(path, head) -> bool           head: the first 512 bytes, b"" for a folder
+    read(path) -> Model                 reads the index; values are read when asked for
+    write(model, entries, path, level)  entries: the tensors to write, a stream in model order;
+                                        level: Zstandard's, None for no compression, where the format packs at all
+
+`read` raises BadInput for everything a file can have wrong; `write` is atomic.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+from shrink.errors import BadInput, UsageError
+from shrink.files import io_errors
+from shrink.model import Entry, Model
+
+__all__ = ["Format", "all_formats", "by_name", "for_output", "sniff"]
+
+
+class Format(Protocol):
+    NAME: str
+    SUFFIX: str
+    HOLDS: frozenset[str]
+
+    def sniff(self, path: Path, head: bytes) -> bool: ...
+    def read(self, path: Path) -> Model: ...
+    def write(self, model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> None: ...
+
+
+@cache
+def all_formats() -> tuple[Format, ...]:
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)  # type: ignore[misc]
+
+
+def by_name(name: str) -> Format:
+    for candidate in all_formats():
+        if candidate.NAME == name:
+            return candidate
+    raise UsageError(f"there is no format {name!r}", hint="known: " + ", ".join(f.NAME for f in all_formats()))
+
+
+def sniff(path: Path) -> Format:
+    """The format of what lies at `path`, by its content.
+
+    Raises:
+        OutputError: nothing is there, or it cannot be read.
+        BadInput: no format knows it.
+    """
+    with io_errors(path):
+        if path.is_dir():
+            head = b""
+        else:
+            with open(path, "rb") as file:
+                head = file.read(512)
+    for candidate in all_formats():
+        if candidate.sniff(path, head):
+            return candidate
+    raise BadInput(
+        "not a model that shrink knows" if head or path.is_dir() else "the file is empty",
+        file=path,
+        hint="known: " + ", ".join(f.NAME for f in all_formats()),
+    )
+
+
+def for_output(path: Path, source: Format) -> Format:
+    """The format to write at `path`: the source's own where its suffix fits, else the first whose suffix does."""
+    fitting = [f for f in all_formats() if f.SUFFIX == path.suffix.lower()]
+    if source in fitting:
+        return source
+    if fitting:
+        return fitting[0]
+    suffixes = sorted({f.SUFFIX for f in all_formats()} - {""})
+    raise UsageError(f"no format is written as {path.suffix or 'a name without a suffix'!r}", file=path, hint="use " + ", ".join(suffixes))

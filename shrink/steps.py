@@ -1,0 +1,316 @@
+"""The decode steps: the closed, versioned list of ways in which stored bytes become values.
+
+This is the reference decoder. It says what the bytes mean, in plain NumPy; any faster decoder must match it
+bit for bit. A chain is zero or more byte steps (bytes -> bytes) and then one value step (bytes -> values):
+
+    zstd.1      {"size": n}                     a Zstandard frame that holds n bytes
+    planes.1    {"width", "skip"}               skip bytes as they are, then byte planes: all first bytes of the
+                                                items, all second bytes …
+    sparse.1    {"width", "count", "skip"}      skip bytes as they are, one mask bit per item, the items not zero
+    cast.1      {"from": dtype}                 little-endian values of that dtype, cast to the tensor's
+    codebook.1  {"table", "scale"}              one byte per value: table[code] · scale, rounded once to float32
+    affine.1    {"bits", "axis", "block", "scale", "zero"}
+                                                (code − zero) · scale, a scale and zero per channel or block
+
+Every number in a chain may come from a hostile file: nothing is allocated before it is checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from shrink.errors import BadInput
+
+__all__ = ["DTYPES", "EIGHTBIT_TABLE", "TABLES", "Step", "decode", "decode_bytes", "groups"]
+
+Bytes = NDArray[np.uint8]
+Array = NDArray[Any]
+
+# The one dtype table: safetensors spelling -> NumPy, little-endian. BF16 has no NumPy type; a format that
+# meets it widens it to float32, which is exact.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "F16": np.dtype("<f2"),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "F32": np.dtype("<f4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F64": np.dtype("<f8"),
+}
+
+# A tensor larger than this is believed only when enough bytes stand behind it.
+_BELIEVED_BYTES = 1 << 30
+_BELIEVED_RATIO = 4096
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step, `name` with its version, as in `affine.1`."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+# The 128 magnitudes of WebDNN's eightbit code (T. Dettmers, "8-Bit Approximations for Parallelism in Deep
+# Learning", ICLR 2016), in the very decimals that WebDNN's browser side multiplies by the scale. Codes 128 to
+# 255 are their negatives.
+_EIGHTBIT_MAGNITUDES = (
+    0.0, 2.750000021e-06, 7.249999726e-06, 1.875000089e-05, 3.624999954e-05, 5.874999624e-05, 8.624999464e-05,
+    0.0001437500032, 0.0002312500001, 0.0003187500115, 0.0004062500084, 0.0005187499919, 0.0006562499912,
+    0.0007937499322, 0.0009312499315, 0.001218750025, 0.00165624998, 0.002093750052, 0.002531250007, 0.002968749963,
+    0.003406249918, 0.003843750106, 0.004281249829, 0.004843750037, 0.005531250034, 0.006218749564, 0.00690624956,
+    0.007593749557, 0.008281249553, 0.008968749084, 0.009656248614, 0.01109374966, 0.01328125037, 0.01546875015,
+    0.01765624993, 0.0198437497, 0.02203124948, 0.02421874925, 0.02640625089, 0.02859375067, 0.03078125045,
+    0.03296874836, 0.03515625, 0.03734375164, 0.03953124955, 0.04171875119, 0.04390624911, 0.04671875015,
+    0.0501562506, 0.05359374732, 0.05703124776, 0.06046874821, 0.06390624493, 0.06734374911, 0.07078124583,
+    0.07421874255, 0.07765624672, 0.08109374344, 0.08453124017, 0.08796874434, 0.09140624106, 0.09484373778,
+    0.09828124195, 0.10546875, 0.116406247, 0.127343744, 0.138281256, 0.149218753, 0.16015625, 0.171093747,
+    0.182031244, 0.192968756, 0.203906253, 0.21484375, 0.225781247, 0.236718744, 0.247656256, 0.2585937381,
+    0.26953125, 0.2804687619, 0.291406244, 0.302343756, 0.3132812381, 0.32421875, 0.3351562619, 0.346093744,
+    0.357031256, 0.3679687381, 0.37890625, 0.3898437619, 0.400781244, 0.411718756, 0.4226562381, 0.43359375,
+    0.4445312619, 0.458593756, 0.4757812321, 0.4929687381, 0.5101562142, 0.52734375, 0.5445312262, 0.5617187023,
+    0.5789062381, 0.5960937142, 0.61328125, 0.6304687262, 0.6476562023, 0.6648437381, 0.6820312142, 0.6992186904,
+    0.7164062262, 0.7335937023, 0.7507811785, 0.7679687142, 0.7851561904, 0.8023436666, 0.8195312023, 0.8367186785,
+    0.8539061546, 0.8710936904, 0.8882811666, 0.9054686427, 0.9226561785, 0.9398436546, 0.9570311308, 0.9742186666,
+    0.9914061427, 1.0,
+)
+EIGHTBIT_TABLE: NDArray[np.float64] = np.array([*_EIGHTBIT_MAGNITUDES, *(-m for m in _EIGHTBIT_MAGNITUDES)])
+EIGHTBIT_TABLE.flags.writeable = False
+TABLES: dict[str, NDArray[np.float64]] = {"eightbit": EIGHTBIT_TABLE}
+
+
+def decode(payload: bytes, steps: Sequence[Step], shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> Array:
+    """The values that `payload` stands for.
+
+    Raises:
+        BadInput: an unknown step or parameter, or bytes that do not give exactly the declared values.
+    """
+    if not steps or steps[-1].name not in _VALUE_STEPS:
+        raise BadInput("its decode chain does not end in values", tensor=name)
+    count = math.prod(shape)
+    nbytes = count * dtype.itemsize
+    if nbytes > _BELIEVED_BYTES and nbytes > _BELIEVED_RATIO * len(payload):
+        raise BadInput(f"{len(payload)} bytes claim to hold {nbytes}", tensor=name)
+    data = decode_bytes(payload, steps[:-1], nbytes, name)
+    step = steps[-1]
+    values = _VALUE_STEPS[step.name](data, _Params(step, name), shape, name)
+    if values.size != count:
+        raise BadInput(f"{step.name} gives {values.size} values where {count} belong", tensor=name)
+    return np.ascontiguousarray(values.astype(dtype, copy=False)).reshape(shape)
+
+
+def decode_bytes(payload: bytes, steps: Sequence[Step], nbytes: int, name: str) -> Bytes:
+    """Run byte steps only. `nbytes` is the size of the decoded tensor, which bounds what a step may produce."""
+    # Scales and zero points travel before the codes, so a step may give somewhat more bytes than the values take.
+    most = 4 * nbytes + 65536
+    data: Bytes = np.frombuffer(payload, np.uint8)
+    for step in steps:
+        function = _BYTE_STEPS.get(step.name)
+        if function is None:
+            raise BadInput(f"the decode step {step.name!r} is not known", tensor=name, hint="a newer shrink may know it")
+        data = function(data, _Params(step, name), most, name)
+    return data
+
+
+class _Params:
+    """The parameters of one step, each taken once and checked; what is left over is refused by `done`."""
+
+    def __init__(self, step: Step, tensor: str):
+        self.step = step
+        self.tensor = tensor
+        self.left = dict(step.params)
+
+    def bad(self, what: str) -> BadInput:
+        return BadInput(f"{self.step.name}: {what}", tensor=self.tensor)
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        value = self.left.pop(key, None)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise self.bad(f"{key} is not a whole number from {low} to {high}")
+        return value
+
+    def optional_integer(self, key: str, low: int, high: int) -> int | None:
+        if self.left.get(key) is None:
+            self.left.pop(key, None)
+            return None
+        return self.integer(key, low, high)
+
+    def choice(self, key: str, choices: Sequence[Any]) -> Any:
+        value = self.left.pop(key, None)
+        if type(value) not in {type(c) for c in choices} or value not in choices:
+            raise self.bad(f"{key} is not one of {', '.join(map(str, choices))}")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.left.pop(key, None)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise self.bad(f"{key} is not a finite number")
+        return float(value)
+
+    def take(self, key: str) -> Any:
+        return self.left.pop(key, None)
+
+    def done(self) -> None:
+        if self.left:
+            raise self.bad(f"unknown parameter {sorted(self.left)[0]!r}")
+
+
+def _zstd(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
+    size = params.integer("size", 0, most)
+    params.done()
+    if size == 0:
+        return np.empty(0, np.uint8)
+    try:
+        # One byte more than promised is asked for, so that a longer frame shows itself.
+        out = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data.tobytes()).read(size + 1)
+    except zstandard.ZstdError as error:
+        raise params.bad(f"the compressed bytes are damaged: {error}") from None
+    if len(out) != size:
+        raise params.bad(f"the frame does not hold the promised {size} bytes")
+    return np.frombuffer(out, np.uint8)
+
+
+def _planes(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
+    width = params.integer("width", 2, 8)
+    skip = params.integer("skip", 0, data.size)
+    params.done()
+    if (data.size - skip) % width:
+        raise params.bad(f"{data.size - skip} bytes are not whole items of {width}")
+    items = np.ascontiguousarray(data[skip:].reshape(width, -1).T).reshape(-1)
+    return np.concatenate([data[:skip], items]) if skip else items
+
+
+def _sparse(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
+    width = params.integer("width", 1, 8)
+    count = params.integer("count", 0, most)
+    skip = params.integer("skip", 0, most)
+    params.done()
+    if skip + count * width > most:
+        raise params.bad("it gives more bytes than the tensor holds")
+    mask_bytes = -(-count // 8)
+    if data.size < skip + mask_bytes:
+        raise params.bad("the mask is cut off")
+    bits = np.unpackbits(data[skip : skip + mask_bytes], bitorder="little")
+    if bits[count:].any():
+        raise params.bad("the mask marks items past the end")
+    mask = bits[:count].view(bool)
+    items = data[skip + mask_bytes :]
+    present = int(np.count_nonzero(mask))
+    if items.size != present * width:
+        raise params.bad(f"the mask marks {present} items of {width} bytes, {items.size} bytes are there")
+    out = np.zeros(skip + count * width, np.uint8)
+    out[:skip] = data[:skip]
+    out[skip:].reshape(count, width)[mask] = items.reshape(present, width)
+    return out
+
+
+def _cast(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Array:
+    dtype = DTYPES[params.choice("from", tuple(DTYPES))]
+    params.done()
+    if data.size != math.prod(shape) * dtype.itemsize:
+        raise params.bad(f"{data.size} bytes are there where {math.prod(shape) * dtype.itemsize} belong")
+    return data.view(dtype)
+
+
+def _codebook(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Array:
+    scale = params.number("scale")
+    table = params.take("table")
+    params.done()
+    if isinstance(table, str) and table in TABLES:
+        values = TABLES[table]
+    elif (
+        isinstance(table, list)
+        and 0 < len(table) <= 256
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in table)
+    ):
+        values = np.array(table, np.float64)
+    else:
+        raise params.bad("table is neither a known name nor a list of 1 to 256 finite numbers")
+    if data.size and int(data.max()) >= values.size:
+        raise params.bad(f"code {int(data.max())} is outside the table of {values.size}")
+    with np.errstate(over="ignore"):
+        scaled = (values * scale).astype(np.float32)
+    if not np.isfinite(scaled).all():
+        raise params.bad("the scale is too large for float32")
+    return scaled[data]
+
+
+def groups(shape: tuple[int, ...], axis: int | None, block: int | None) -> tuple[int, int, int]:
+    """How affine.1 groups values: (rows, values per row, blocks per row).
+
+    With an axis, each index along it is a row (the axis is moved to the front); without, all values are one
+    row. A row is cut into blocks of `block` values, the last one short; without a block, a row is one block.
+    """
+    count = math.prod(shape)
+    rows = shape[axis] if axis is not None else 1
+    per_row = count // rows if rows else 0
+    blocks = -(-per_row // block) if block else 1
+    return rows, per_row, blocks
+
+
+def _affine(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Array:
+    bits = params.choice("bits", (4, 8))
+    axis = params.optional_integer("axis", 0, len(shape) - 1)
+    block = params.optional_integer("block", 1, 1 << 30)
+    scale_type = params.choice("scale", ("F32", "BF16"))
+    has_zero = params.choice("zero", (True, False))
+    params.done()
+    rows, per_row, blocks = groups(shape, axis, block)
+    count, n_groups = rows * per_row, rows * blocks
+    scale_bytes = n_groups * (4 if scale_type == "F32" else 2)
+    zero_bytes = n_groups if has_zero else 0
+    code_bytes = count if bits == 8 else -(-count // 2)
+    if data.size != scale_bytes + zero_bytes + code_bytes:
+        raise params.bad(f"{data.size} bytes are there where {scale_bytes + zero_bytes + code_bytes} belong")
+    if scale_type == "F32":
+        scales = data[:scale_bytes].view("<f4")
+    else:
+        scales = (data[:scale_bytes].view("<u2").astype("<u4") << 16).view("<f4")
+    if not np.isfinite(scales).all():
+        raise params.bad("a scale is not finite")
+    zeros = data[scale_bytes : scale_bytes + zero_bytes].view(np.int8)
+    codes = data[scale_bytes + zero_bytes :]
+    if bits == 4:
+        nibbles = np.stack([codes & 15, codes >> 4], axis=1).reshape(-1)
+        if nibbles[count:].any():
+            raise params.bad("there are codes past the end")
+        # Sign extension of four bits: 8…15 stand for −8…−1.
+        codes = (nibbles[:count] ^ 8) - np.uint8(8)
+    span = np.full(blocks, block or per_row, np.intp)
+    span[-1:] = per_row - (blocks - 1) * (block or per_row)
+    which = np.repeat(np.arange(blocks), span)
+    offsets = codes.view(np.int8).reshape(rows, per_row).astype(np.float32)
+    if has_zero:
+        offsets -= zeros.reshape(rows, blocks)[:, which]
+    with np.errstate(over="ignore"):
+        offsets *= scales.reshape(rows, blocks)[:, which]
+    if not np.isfinite(offsets).all():
+        raise params.bad("a scale is too large for float32")
+    if axis is None:
+        return offsets.reshape(shape)
+    moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+    return np.moveaxis(offsets.reshape(moved), 0, axis)
+
+
+_BYTE_STEPS: dict[str, Callable[[Bytes, _Params, int, str], Bytes]] = {
+    "zstd.1": _zstd,
+    "planes.1": _planes,
+    "sparse.1": _sparse,
+}
+_VALUE_STEPS: dict[str, Callable[[Bytes, _Params, tuple[int, ...], str], Array]] = {
+    "cast.1": _cast,
+    "codebook.1": _codebook,
+    "affine.1": _affine,
+}
