@@ -120,7 +120,9 @@ def _metadata(metadata: dict[str, str], path: Path) -> _Meta:
         raise IntegrityError("the metadata is damaged", file=path)
     meta = _json(text, path, "the metadata")
     if meta.get("version") != VERSION:
-        raise BadInput(f"container version {meta.get('version')!r} is not known", file=path, hint="a newer shrink may know it")
+        raise BadInput(
+            f"container version {meta.get('version')!r} is not known", file=path, hint="a newer shrink may know it"
+        )
     out = _Meta(meta.get("source"), meta.get("attributes"), meta.get("state"), meta.get("encoded"), meta.get("crc32"))  # type: ignore[arg-type]
     strings = (dict, list, dict, dict)
     for value, kind in zip((out.attributes, out.state, out.encoded, out.crc32), strings, strict=True):
@@ -211,8 +213,9 @@ def write(
     attributes: Mapping[str, str],
     graph: bytes | None,
     level: int | None,
-) -> None:
-    """Write a container, one tensor in memory at a time: payloads go to a spool file, then header and spool join.
+) -> dict[str, int]:
+    """Write a container and return the bytes that each tensor takes in it; is in memory at a time:
+    payloads go to a spool file, then header and spool join.
 
     Tensors are stored in the order they come. With a `level`, tensors are packed where that pays.
     """
@@ -253,6 +256,7 @@ def write(
         out.write(len(head).to_bytes(8, "little") + head)
         spool.seek(0)
         shutil.copyfileobj(spool, out, 1 << 20)
+    return {name: spec["data_offsets"][1] - spec["data_offsets"][0] for name, spec in header.items()}
 
 
 def _stored(entry: Entry, level: int | None) -> tuple[str, list[int], bytes, tuple[Step, ...]]:

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from shrink.errors import BadInput
 from shrink.steps import DTYPES, Step, decode
 
-__all__ = ["DTYPES", "Entry", "Model", "Quantized", "Role", "Source", "Tensor", "check_name", "dtype_code",
+__all__ = [
+    "DTYPES",
+    "Entry",
+    "Model",
+    "Quantized",
+    "Role",
+    "Source",
+    "Tensor",
+    "check_name",
+    "dtype_code",
     "plain_values",
 ]
 
@@ -79,8 +88,11 @@ class Tensor:
     def array(self) -> Array:
         values = self.load()
         if values.dtype != self.dtype or values.shape != self.shape:
-            raise BadInput(f"the file holds {values.dtype}{values.shape}, its index says {self.dtype}{self.shape}", tensor=self.name)
-        view = values.view()
+            raise BadInput(
+                f"the file holds {values.dtype}{values.shape}, its index says {self.dtype}{self.shape}",
+                tensor=self.name,
+            )
+        view: Array = values.view()
         view.flags.writeable = False
         return view
 
@@ -110,7 +122,13 @@ class Quantized:
 
     @classmethod
     def of(
-        cls, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], steps: tuple[Step, ...], payload: bytes, role: Role = "weight"
+        cls,
+        name: str,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        steps: tuple[Step, ...],
+        payload: bytes,
+        role: Role = "weight",
     ) -> Quantized:
         """An encoded tensor whose payload is already in memory."""
         return cls(name, dtype, shape, steps, len(payload), lambda: payload, role)

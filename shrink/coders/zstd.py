@@ -33,7 +33,9 @@ def pack(quantized: Quantized, level: int) -> Quantized:
             sparse = (Step("sparse.1", {"width": width, "count": len(items), "skip": skip}),)
             candidates += [(packed.tobytes(), sparse), _compressed(packed, width, skip + mask.size, sparse, level)]
     best, steps = min(candidates, key=lambda c: len(c[0]))
-    return Quantized.of(quantized.name, quantized.dtype, quantized.shape, (*steps, *quantized.steps), best, quantized.role)
+    return Quantized.of(
+        quantized.name, quantized.dtype, quantized.shape, (*steps, *quantized.steps), best, quantized.role
+    )
 
 
 def _items(quantized: Quantized) -> tuple[int, int]:
@@ -55,5 +57,5 @@ def _compressed(
         planes = np.ascontiguousarray(data[skip:].reshape(-1, width).T).reshape(-1)
         data = np.concatenate([data[:skip], planes]) if skip else planes
         then = (Step("planes.1", {"width": width, "skip": skip}), *then)
-    frame = zstandard.ZstdCompressor(level=level).compress(data)
+    frame = zstandard.ZstdCompressor(level=level).compress(data.tobytes())
     return frame, (Step("zstd.1", {"size": data.size}), *then)

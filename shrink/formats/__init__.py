@@ -8,7 +8,8 @@ A format is a module with:
     sniff(path, head) -> bool           head: the first 512 bytes, b"" for a folder
     read(path) -> Model                 reads the index; values are read when asked for
     write(model, entries, path, level)  entries: the tensors to write, a stream in model order;
-                                        level: Zstandard's, None for no compression, where the format packs at all
+                                        level: Zstandard's, None for no compression, where the format packs at all;
+                                        returns the stored bytes of each tensor, {} where the format cannot tell
 
 `read` raises BadInput for everything a file can have wrong; `write` is atomic.
 """
@@ -36,18 +37,18 @@ class Format(Protocol):
 
     def sniff(self, path: Path, head: bytes) -> bool: ...
     def read(self, path: Path) -> Model: ...
-    def write(self, model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> None: ...
+    def write(self, model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> dict[str, int]: ...
 
 
 @cache
 def all_formats() -> tuple[Format, ...]:
     names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)  # type: ignore[misc]
+    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)
 
 
 def by_name(name: str) -> Format:
     for candidate in all_formats():
-        if candidate.NAME == name:
+        if name == candidate.NAME:
             return candidate
     raise UsageError(f"there is no format {name!r}", hint="known: " + ", ".join(f.NAME for f in all_formats()))
 
@@ -75,12 +76,19 @@ def sniff(path: Path) -> Format:
     )
 
 
-def for_output(path: Path, source: Format) -> Format:
-    """The format to write at `path`: the source's own where its suffix fits, else the first whose suffix does."""
-    fitting = [f for f in all_formats() if f.SUFFIX == path.suffix.lower()]
-    if source in fitting:
-        return source
-    if fitting:
-        return fitting[0]
-    suffixes = sorted({f.SUFFIX for f in all_formats()} - {""})
-    raise UsageError(f"no format is written as {path.suffix or 'a name without a suffix'!r}", file=path, hint="use " + ", ".join(suffixes))
+def for_output(path: Path, source: str) -> Format:
+    """The format to write at `path`, by its suffix; where several share it, the one that `source` names.
+
+    Raises:
+        UsageError: no format is written with this suffix, or not from a model of this source.
+    """
+    fitting = [f for f in all_formats() if path.suffix.lower() == f.SUFFIX]
+    if not fitting:
+        suffixes = ", ".join(sorted({f.SUFFIX for f in all_formats()} - {""}))
+        raise UsageError(f"no format has the suffix {path.suffix!r}", file=path, hint=f"use {suffixes}")
+    own = [f for f in fitting if source == f.NAME]
+    if path.suffix == "" and not own:
+        raise UsageError(
+            "a folder can only be written for a model that was one", file=path, hint="add a suffix: .safetensors"
+        )
+    return (own or fitting)[0]

@@ -87,7 +87,9 @@ def _tensor(
     for n in shape:
         count *= n
     if header_bytes + count * dtype.itemsize != member.file_size:
-        raise bad(f"its header claims {count * dtype.itemsize} bytes of values, {member.file_size - header_bytes} are there")
+        raise bad(
+            f"its header claims {count * dtype.itemsize} bytes of values, {member.file_size - header_bytes} are there"
+        )
 
     def load() -> NDArray[Any]:
         try:
@@ -129,7 +131,7 @@ def _exactly(file: IO[bytes], length: int, bad: Callable[[str], BadInput]) -> by
     return data
 
 
-def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> None:
+def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> dict[str, int]:
     """An npz that `numpy.load` and `chainer.serializers.load_npz` take; deflated like `save_npz` does."""
     with atomic_file(path) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, allowZip64=True) as archive:
         for entry in entries:
@@ -138,3 +140,4 @@ def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None)
             member.external_attr = 0o644 << 16
             with archive.open(member, "w", force_zip64=True) as file:
                 npy.write_array(file, np.asarray(plain_values(entry)), allow_pickle=False)
+        return {m.filename[: -len(".npy")]: m.compress_size for m in archive.infolist()}

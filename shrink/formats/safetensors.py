@@ -21,7 +21,7 @@ _INDEX_AT_MOST = 100_000_000
 def sniff(path: Path, head: bytes) -> bool:
     if path.name.endswith(".safetensors.index.json"):
         return True
-    return head[8:9] == b"{" and head[6:8] == b"\0\0" or path.suffix.lower() == SUFFIX
+    return (head[8:9] == b"{" and head[6:8] == b"\0\0") or path.suffix.lower() == SUFFIX
 
 
 def read(path: Path) -> Model:
@@ -54,12 +54,14 @@ def _read_sharded(path: Path) -> Model:
             entries[entry.name] = entry
     for name in weight_map:
         if name not in entries:
-            raise BadInput(f"the index promises it in {weight_map[name]}, which does not hold it", file=path, tensor=name)
+            raise BadInput(
+                f"the index promises it in {weight_map[name]}, which does not hold it", file=path, tensor=name
+            )
     first = parts[0] if parts else container.Contents(())
     return Model(tuple(entries.values()), Source(first.source or NAME, path, size), first.attributes, first.graph)
 
 
-def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> None:
-    container.write(
+def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> dict[str, int]:
+    return container.write(
         entries, path, source=model.source.format, attributes=model.attributes, graph=model.graph, level=level
     )

@@ -1,8 +1,8 @@
 """Sample models, one module per format, named as the module in `shrink/formats/`.
 
-    make(folder) -> Path                   writes a small valid model and returns its path (a file or a folder)
-    damaged(folder) -> Iterator[Damaged]   writes malformed models; every one must be refused as it says
-    writable                               False where `write` cannot take an arbitrary float32 model (default True)
+make(folder) -> Path                   writes a small valid model and returns its path (a file or a folder)
+damaged(folder) -> Iterator[Damaged]   writes malformed models; every one must be refused as it says
+writable                               False where `write` cannot take an arbitrary float32 model (default True)
 """
 
 from __future__ import annotations

@@ -1,0 +1,5 @@
+"""`python -m shrink` is the command."""
+
+from shrink.cli import main
+
+main()

@@ -1,0 +1,210 @@
+"""eightbit: one byte per weight by WebDNN's code table, one scale per tensor.
+
+The table (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", ICLR 2016) has 128 magnitudes from
+0 to 1, dense near 0. WebDNN sets the scale to max |w| and rounds to the nearest code. Two things are chosen
+better here, and stock WebDNN still reads the result:
+
+- the scale, for least squared error: most tensors gain by a smaller one that clips a few outliers;
+- the codes in use. Near 0 the table is far finer than at its top, where nearly all of the error is made. Codes
+  that lie closer together than `spacing` cost bytes and buy next to nothing, so they are left out, as long as
+  the error stays below that of WebDNN's scale.
+
+Both choices need only a histogram of the weights, so the search costs milliseconds whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shrink.model import DTYPES, Quantized
+from shrink.steps import EIGHTBIT_TABLE, Step
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+MAGNITUDES: F64 = EIGHTBIT_TABLE[:128]
+
+# Scales tried, as a share of max |w|. 1 is WebDNN's own and must be among them.
+_SCALES: F64 = np.concatenate([np.geomspace(0.35, 0.97, 26), [0.985, 1.0, 1.0125, 1.03, 1.05]])
+# Least distances of codes in use, as a share of the scale.
+_SPACINGS = (0.0, 0.0005, 0.0008, 0.0012, 0.0018, 0.0026, 0.0034, 0.0044, 0.0054, 0.0064, 0.0074, 0.0086, 0.0105)
+# With the largest spacing two neighbouring codes in use are at most 0.0215 apart.
+_LARGEST_ERROR = 0.0108
+
+_CELLS = 32768
+_SAMPLE = 1 << 20
+_SAMPLE_RUN = 64
+_TILE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Eightbit:
+    """Error of a value w: at most 0.0108 · scale where |w| ≤ scale, |w| − scale beyond."""
+
+    stores = "eightbit"
+
+    def quantize(self, name: str, x: F32) -> Quantized:
+        flat = x.reshape(-1)
+        largest = max(float(flat.max()), -float(flat.min())) if flat.size else 0.0
+        codes, scale = encode(flat, largest)
+        step = Step("codebook.1", {"table": "eightbit", "scale": scale})
+        return Quantized.of(name, DTYPES["F32"], x.shape, (step,), codes.tobytes())
+
+    def bound(self, x: F32, quantized: Quantized) -> float:
+        scale = float(quantized.steps[-1].params["scale"])
+        largest = float(np.abs(x).max()) if x.size else 0.0
+        # 2⁻¹⁴⁹, the least float32, covers rounding among denormals.
+        return max(_LARGEST_ERROR * scale, largest - scale) * (1 + 2.0**-20) + 2.0**-149
+
+
+def encode(flat: F32, largest: float) -> tuple[NDArray[np.uint8], float]:
+    """Codes and scale for finite values of which the largest magnitude is `largest`."""
+    if largest == 0.0:
+        return np.zeros(flat.size, np.uint8), 0.0
+    cells = _Cells.of(flat, largest)
+    full = _code_of_cell(cells.centers, MAGNITUDES, largest)
+    if _is_coded_already(flat, cells, full, largest):
+        return cells.codes(flat, full), largest
+    scale, used = _choose(cells, largest)
+    return cells.codes(flat, _code_of_cell(cells.centers, used, scale)), scale
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """A 16-bit index for every weight: one bit of sign and one of 32768 cells of magnitude.
+
+    Linear cells, of which the top one holds the largest weight; where nearly all weights would fall in the
+    lowest few because of outliers, the 16 bits are those of a float16 instead, which are finer near 0.
+    """
+
+    factor: float
+    linear: bool
+    centers: F64
+    counts: F64
+
+    @classmethod
+    def of(cls, flat: F32, largest: float) -> _Cells:
+        sample = _sample(flat)
+        rms = float(np.sqrt(np.square(sample, dtype=np.float64).mean()))
+        linear = rms * 512 > largest
+        # 2¹⁵ is in float16's range, and a little below _CELLS no rounding can leave int16's.
+        factor = (_CELLS - 8) / largest if linear else 32768.0 / largest
+        magnitude = np.arange(_CELLS)
+        centers: F64
+        if linear:
+            centers = (magnitude.astype(np.float64) + 0.5) / factor
+            centers[0] = 0.0
+        else:
+            # Bit patterns from 0x7c00 up are infinity and NaN: never met, sorted last.
+            centers = magnitude.astype("<u2").view("<f2").astype(np.float64) / factor
+            centers[0x7C00:] = np.inf
+        index = np.concatenate([i for _, i in cls(factor, linear, centers, centers).tiles(sample)])
+        counts = np.bincount(index, minlength=2 * _CELLS)
+        counts = counts[:_CELLS] + _mirrored(counts[_CELLS:], linear)
+        return cls(factor, linear, centers, counts.astype(np.float64))
+
+    def tiles(self, flat: F32) -> Iterator[tuple[slice, NDArray[np.uint16]]]:
+        """Sixteen-bit indices, a cache-sized piece at a time."""
+        # A factor beyond float32 means denormal weights: slow exact arithmetic is fine for those.
+        kind = np.float32 if self.factor < 1e38 else np.float64
+        factor = kind(self.factor)
+        for start in range(0, flat.size, _TILE):
+            piece = slice(start, min(start + _TILE, flat.size))
+            scaled = flat[piece] * factor
+            yield piece, scaled.astype(np.int16 if self.linear else np.float16).view(np.uint16)
+
+    def codes(self, flat: F32, code_of_cell: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        negative = np.where(code_of_cell > 0, code_of_cell | 128, 0).astype(np.uint8)
+        table = np.concatenate([code_of_cell, _mirrored(negative, self.linear)])
+        out = np.empty(flat.size, np.uint8)
+        for piece, index in self.tiles(flat):
+            table.take(index, out=out[piece], mode="clip")
+        return out
+
+
+def _mirrored(upper: NDArray[Any], linear: bool) -> NDArray[Any]:
+    """The half for negative values between the order of indices and that of magnitudes, either way.
+
+    Sign and magnitude (float16) count up from zero; two's complement counts down to it, and −32768 never occurs.
+    """
+    return np.roll(upper[::-1], 1) if linear else upper
+
+
+def _sample(flat: F32) -> F32:
+    """At most about a million weights: short runs, evenly spread."""
+    if flat.size <= _SAMPLE:
+        return flat
+    stride = flat.size // _SAMPLE * _SAMPLE_RUN
+    rows = flat.size // stride
+    return np.ascontiguousarray(flat[: rows * stride].reshape(rows, stride)[:, :_SAMPLE_RUN]).reshape(-1)
+
+
+def _code_of_cell(centers: F64, used: F64, scale: float) -> NDArray[np.uint8]:
+    """The nearest code among the magnitudes in use, for every cell."""
+    thresholds = (used[1:] + used[:-1]) * (scale / 2)
+    codes = np.searchsorted(MAGNITUDES, used).astype(np.uint8)
+    return codes[np.searchsorted(thresholds, centers)]
+
+
+def _is_coded_already(flat: F32, cells: _Cells, full: NDArray[np.uint8], scale: float) -> bool:
+    """Whether the values are what WebDNN's own coding gives back; coding them again must change nothing."""
+    decoded = (EIGHTBIT_TABLE * scale).astype(np.float32)
+    return all(np.array_equal(decoded[cells.codes(part, full)], part) for part in (flat[:1024], flat) if part.size)
+
+
+def _thinned(spacing: float) -> F64:
+    """The table's magnitudes without those closer than `spacing` to the last one kept; 0 and 1 always stay."""
+    kept = [0.0]
+    for magnitude in MAGNITUDES[1:]:
+        if magnitude - kept[-1] >= spacing:
+            kept.append(float(magnitude))
+    if kept[-1] != 1.0:
+        kept[-1] = 1.0
+    return np.array(kept)
+
+
+_USED = tuple(_thinned(spacing) for spacing in _SPACINGS)
+
+
+def _choose(cells: _Cells, largest: float) -> tuple[float, F64]:
+    """Scale and magnitudes in use: the fewest bits at an error below WebDNN's."""
+    # float32 scales only: that is what a WebDNN weight file stores.
+    scales = (_SCALES * largest).astype(np.float32).astype(np.float64)
+    scales[_SCALES == 1.0] = largest
+    scales = scales[(scales > 0) & (scales <= np.finfo(np.float32).max)]
+    known = cells.counts > 0
+    centers, counts = cells.centers[known], cells.counts[known]
+    sums = np.zeros((3, counts.size + 1))
+    np.cumsum([counts, counts * centers, counts * centers**2], axis=1, out=sums[:, 1:])
+    tried = [_error_and_bits(centers, sums, used, scales) for used in _USED]
+    error = np.array([e for e, _ in tried])
+    bits = np.array([b for _, b in tried])
+    webdnn = error[0, int(np.flatnonzero(scales == largest)[0])]
+    # Half of what the best scale saves in error is kept, the other half buys bytes.
+    allowed = (webdnn + error[0].min()) / 2
+    bits[error > allowed] = np.inf
+    which, scale = np.unravel_index(int(np.argmin(bits)), bits.shape)
+    return float(scales[scale]), _USED[int(which)]
+
+
+def _error_and_bits(centers: F64, sums: F64, used: F64, scales: F64) -> tuple[F64, F64]:
+    """Mean squared error and order-0 entropy in bits per weight, for each scale."""
+    thresholds = (used[1:] + used[:-1]) / 2 * scales[:, None]
+    inner = np.searchsorted(centers, thresholds)
+    edges = np.concatenate([np.zeros((scales.size, 1), int), inner, np.full((scales.size, 1), centers.size)], axis=1)
+    count, first, second = np.diff(sums[:, edges], axis=2)
+    total = sums[0, -1]
+    value = used * scales[:, None]
+    error = (second - 2 * value * first + value**2 * count).sum(axis=1) / total
+    share = np.where(count > 0, count / total, 1.0)
+    # Every code in use but 0 comes with either sign.
+    bits = (count / total * (-np.log2(share) + (used > 0))).sum(axis=1)
+    return error, bits
+
+
+MODES = {"eightbit": Eightbit()}
