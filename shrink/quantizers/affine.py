@@ -83,8 +83,12 @@ class Affine:
             codes[row, start : start + values.size // (row.stop - row.start)] = c.reshape(row.stop - row.start, -1)
         return scales.reshape(-1), zeros.reshape(-1), codes.reshape(-1)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def _fit(self, x: F32, scale_type: str) -> tuple[F32, I8, I8]:
-        """Scale, zero point and codes of each row of `x`."""
+        """Scale, zero point and codes of each row of `x`.
+
+        A range that leaves float32 has an error that is not a number, and so is never better.
+        """
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         smallest, largest = x.min(axis=1), x.max(axis=1)
         magnitude = np.maximum(-smallest, largest)

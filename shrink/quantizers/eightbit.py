@@ -37,9 +37,7 @@ _SPACINGS = (0.0, 0.0005, 0.0008, 0.0012, 0.0018, 0.0026, 0.0034, 0.0044, 0.0054
 _LARGEST_ERROR = 0.0108
 
 _CELLS = 32768
-_SAMPLE = 1 << 20
-_SAMPLE_RUN = 64
-_TILE = 1 << 16
+_TILE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,12 @@ def encode(flat: F32, largest: float) -> tuple[NDArray[np.uint8], float]:
     """Codes and scale for finite values of which the largest magnitude is `largest`."""
     if largest == 0.0:
         return np.zeros(flat.size, np.uint8), 0.0
+    coded = _coded_already(flat, largest)
+    if coded is not None:
+        return coded, largest
     cells = _Cells.of(flat, largest)
-    full = _code_of_cell(cells.centers, MAGNITUDES, largest)
-    if _is_coded_already(flat, cells, full, largest):
-        return cells.codes(flat, full), largest
     scale, used = _choose(cells, largest)
-    return cells.codes(flat, _code_of_cell(cells.centers, used, scale)), scale
+    return cells.codes(_code_of_cell(cells.centers, used, scale)), scale
 
 
 @dataclass(frozen=True)
@@ -82,49 +80,51 @@ class _Cells:
     lowest few because of outliers, the 16 bits are those of a float16 instead, which are finer near 0.
     """
 
-    factor: float
+    index: NDArray[np.uint16]
     linear: bool
     centers: F64
     counts: F64
 
     @classmethod
     def of(cls, flat: F32, largest: float) -> _Cells:
-        sample = _sample(flat)
-        rms = float(np.sqrt(np.square(sample, dtype=np.float64).mean()))
-        linear = rms * 512 > largest
-        # 2¹⁵ is in float16's range, and a little below _CELLS no rounding can leave int16's.
+        few = np.abs(flat[:: flat.size // 4096 + 1])
+        few = np.sort(few[few > 0])
+        linear = not few.size or float(few[few.size // 2]) * 512 > largest
+        # A little below 2¹⁵, so that no rounding leaves int16; exactly 2¹⁵, which float16 can hold.
         factor = (_CELLS - 8) / largest if linear else 32768.0 / largest
-        magnitude = np.arange(_CELLS)
-        centers: F64
-        if linear:
-            centers = (magnitude.astype(np.float64) + 0.5) / factor
-            centers[0] = 0.0
-        else:
-            # Bit patterns from 0x7c00 up are infinity and NaN: never met, sorted last.
-            centers = magnitude.astype("<u2").view("<f2").astype(np.float64) / factor
-            centers[0x7C00:] = np.inf
-        index = np.concatenate([i for _, i in cls(factor, linear, centers, centers).tiles(sample)])
-        counts = np.bincount(index, minlength=2 * _CELLS)
-        counts = counts[:_CELLS] + _mirrored(counts[_CELLS:], linear)
-        return cls(factor, linear, centers, counts.astype(np.float64))
+        # Beyond float32 it means denormal weights: slow arithmetic is fine for those.
+        factor_as = np.float32(factor) if factor < 1e38 else np.float64(factor)
+        index = np.empty(flat.size, np.uint16)
+        counts = np.zeros(2 * _CELLS, np.int64)
+        for tile in _tiles(flat.size):
+            part = (flat[tile] * factor_as).astype(np.int16 if linear else np.float16).view(np.uint16)
+            index[tile] = part
+            counts += np.bincount(part, minlength=2 * _CELLS)
+        both_signs = counts[:_CELLS] + _mirrored(counts[_CELLS:], linear)
+        return cls(index, linear, _centers(linear) / factor, both_signs.astype(np.float64))
 
-    def tiles(self, flat: F32) -> Iterator[tuple[slice, NDArray[np.uint16]]]:
-        """Sixteen-bit indices, a cache-sized piece at a time."""
-        # A factor beyond float32 means denormal weights: slow exact arithmetic is fine for those.
-        kind = np.float32 if self.factor < 1e38 else np.float64
-        factor = kind(self.factor)
-        for start in range(0, flat.size, _TILE):
-            piece = slice(start, min(start + _TILE, flat.size))
-            scaled = flat[piece] * factor
-            yield piece, scaled.astype(np.int16 if self.linear else np.float16).view(np.uint16)
-
-    def codes(self, flat: F32, code_of_cell: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def codes(self, code_of_cell: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A code for every weight, from a code for every cell."""
         negative = np.where(code_of_cell > 0, code_of_cell | 128, 0).astype(np.uint8)
         table = np.concatenate([code_of_cell, _mirrored(negative, self.linear)])
-        out = np.empty(flat.size, np.uint8)
-        for piece, index in self.tiles(flat):
-            table.take(index, out=out[piece], mode="clip")
+        out = np.empty(self.index.size, np.uint8)
+        for tile in _tiles(out.size):
+            table.take(self.index[tile], out=out[tile], mode="clip")
         return out
+
+
+def _tiles(size: int) -> Iterator[slice]:
+    """Pieces of weights that fit a cache."""
+    return (slice(start, min(start + _TILE, size)) for start in range(0, size, _TILE))
+
+
+def _centers(linear: bool) -> F64:
+    """The magnitude in the middle of every cell, before scaling. Linear cells truncate, float16 rounds."""
+    if linear:
+        return np.concatenate([[0.0], np.arange(1, _CELLS) + 0.5])
+    # Bit patterns from 0x7c00 up are infinity and NaN: never met, sorted last.
+    numbers = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    return np.concatenate([numbers, np.full(_CELLS - 0x7C00, np.inf)])
 
 
 def _mirrored(upper: NDArray[Any], linear: bool) -> NDArray[Any]:
@@ -135,15 +135,6 @@ def _mirrored(upper: NDArray[Any], linear: bool) -> NDArray[Any]:
     return np.roll(upper[::-1], 1) if linear else upper
 
 
-def _sample(flat: F32) -> F32:
-    """At most about a million weights: short runs, evenly spread."""
-    if flat.size <= _SAMPLE:
-        return flat
-    stride = flat.size // _SAMPLE * _SAMPLE_RUN
-    rows = flat.size // stride
-    return np.ascontiguousarray(flat[: rows * stride].reshape(rows, stride)[:, :_SAMPLE_RUN]).reshape(-1)
-
-
 def _code_of_cell(centers: F64, used: F64, scale: float) -> NDArray[np.uint8]:
     """The nearest code among the magnitudes in use, for every cell."""
     thresholds = (used[1:] + used[:-1]) * (scale / 2)
@@ -151,10 +142,18 @@ def _code_of_cell(centers: F64, used: F64, scale: float) -> NDArray[np.uint8]:
     return codes[np.searchsorted(thresholds, centers)]
 
 
-def _is_coded_already(flat: F32, cells: _Cells, full: NDArray[np.uint8], scale: float) -> bool:
-    """Whether the values are what WebDNN's own coding gives back; coding them again must change nothing."""
+def _coded_already(flat: F32, scale: float) -> NDArray[np.uint8] | None:
+    """Codes of values that WebDNN's own coding gave back, so that coding them again changes nothing; else None."""
+    limits = (MAGNITUDES[1:] + MAGNITUDES[:-1]) * (scale / 2)
     decoded = (EIGHTBIT_TABLE * scale).astype(np.float32)
-    return all(np.array_equal(decoded[cells.codes(part, full)], part) for part in (flat[:1024], flat) if part.size)
+    codes = np.empty(0, np.uint8)
+    # Nearly every other tensor is told by its first weights.
+    for part in (flat[:256], flat):
+        codes = np.searchsorted(limits, np.abs(part)).astype(np.uint8)
+        codes |= ((part < 0) & (codes > 0)).astype(np.uint8) << 7
+        if not np.array_equal(decoded[codes], part):
+            return None
+    return codes
 
 
 def _thinned(spacing: float) -> F64:
@@ -164,7 +163,7 @@ def _thinned(spacing: float) -> F64:
         if magnitude - kept[-1] >= spacing:
             kept.append(float(magnitude))
     if kept[-1] != 1.0:
-        kept[-1] = 1.0
+        kept.append(1.0)
     return np.array(kept)
 
 
@@ -174,9 +173,9 @@ _USED = tuple(_thinned(spacing) for spacing in _SPACINGS)
 def _choose(cells: _Cells, largest: float) -> tuple[float, F64]:
     """Scale and magnitudes in use: the fewest bits at an error below WebDNN's."""
     # float32 scales only: that is what a WebDNN weight file stores.
-    scales = (_SCALES * largest).astype(np.float32).astype(np.float64)
-    scales[_SCALES == 1.0] = largest
-    scales = scales[(scales > 0) & (scales <= np.finfo(np.float32).max)]
+    scales = _SCALES * largest
+    scales = scales[scales <= float(np.finfo(np.float32).max)].astype(np.float32).astype(np.float64)
+    scales = scales[scales > 0]
     known = cells.counts > 0
     centers, counts = cells.centers[known], cells.counts[known]
     sums = np.zeros((3, counts.size + 1))

@@ -1,0 +1,149 @@
+"""The decode steps: golden files, and refusal of everything that is not exactly right."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shrink.errors import BadInput
+from shrink.model import DTYPES
+from shrink.steps import EIGHTBIT_TABLE, Step, decode
+
+GOLDEN = Path(__file__).parent / "golden" / "steps"
+STEPS = ["zstd.1", "planes.1", "sparse.1", "cast.1", "codebook.1", "affine.1"]
+
+
+def chain(spec: list[list[Any]]) -> tuple[Step, ...]:
+    return tuple(Step(name, params) for name, params in spec)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_stored_bytes_mean_what_they_always_meant(step: str) -> None:
+    """A missing golden file fails: bytes in users' hands must decode for ever."""
+    cases = json.loads((GOLDEN / f"{step}.json").read_text())
+    assert cases
+    for case in cases:
+        assert step in [s[0] for s in case["steps"]]
+        dtype = DTYPES[case["dtype"]]
+        values = decode(base64.b64decode(case["payload"]), chain(case["steps"]), tuple(case["shape"]), dtype, "golden")
+        assert values.dtype == dtype
+        assert values.shape == tuple(case["shape"])
+        assert base64.b64encode(values.tobytes()).decode() == case["values"]
+
+
+def test_every_step_has_a_golden_file_and_every_golden_file_a_step() -> None:
+    from shrink import steps
+
+    assert sorted([*steps._BYTE_STEPS, *steps._VALUE_STEPS]) == sorted(STEPS)
+    assert sorted(p.stem for p in GOLDEN.glob("*.json")) == sorted(STEPS)
+
+
+def test_the_eightbit_table_is_symmetric_and_ascending() -> None:
+    assert EIGHTBIT_TABLE.shape == (256,)
+    assert EIGHTBIT_TABLE[0] == 0
+    assert EIGHTBIT_TABLE[127] == 1
+    assert (np.diff(EIGHTBIT_TABLE[:128]) > 0).all()
+    assert np.array_equal(EIGHTBIT_TABLE[128:], -EIGHTBIT_TABLE[:128])
+
+
+AFFINE = {"bits": 8, "axis": None, "block": None, "scale": "F32", "zero": False}
+ONE = np.float32(1).tobytes()
+ZSTD_OF_ABC = bytes.fromhex("28b52ffd2003190000616263")
+
+
+@pytest.mark.parametrize(
+    ("label", "steps", "payload", "shape", "words"),
+    [
+        ("no steps", [], b"", (0,), "does not end in values"),
+        ("ends in bytes", [["zstd.1", {"size": 3}]], ZSTD_OF_ABC, (3,), "does not end in values"),
+        ("unknown step", [["magic.1", {}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "magic.1"),
+        ("newer version", [["zstd.2", {}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "zstd.2"),
+        ("value step too early", [["cast.1", {"from": "U8"}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "not known"),
+        ("unknown parameter", [["cast.1", {"from": "U8", "x": 1}]], b"abc", (3,), "unknown parameter 'x'"),
+        ("missing parameter", [["cast.1", {}]], b"abc", (3,), "from"),
+        ("unhashable parameter", [["cast.1", {"from": ["U8"]}]], b"abc", (3,), "from"),
+        ("cast too short", [["cast.1", {"from": "F32"}]], b"abc", (1,), "3 bytes are there where 4"),
+        ("zstd damaged", [["zstd.1", {"size": 3}], ["cast.1", {"from": "U8"}]], b"notzstd", (3,), "damaged"),
+        ("zstd cut", [["zstd.1", {"size": 3}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC[:-2], (3,), "zstd.1"),
+        ("zstd longer", [["zstd.1", {"size": 2}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (2,), "promised 2"),
+        ("zstd shorter", [["zstd.1", {"size": 4}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (4,), "promised 4"),
+        ("zstd huge", [["zstd.1", {"size": 1 << 40}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (3,), "size"),
+        ("size is true", [["zstd.1", {"size": True}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (1,), "size"),
+        ("planes not whole", [["planes.1", {"width": 2, "skip": 0}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "whole"),
+        ("planes skip", [["planes.1", {"width": 2, "skip": 9}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "skip"),
+        (
+            "mask cut",
+            [["sparse.1", {"width": 1, "count": 9, "skip": 0}], ["cast.1", {"from": "U8"}]],
+            b"\0",
+            (9,),
+            "cut off",
+        ),
+        (
+            "mask past end",
+            [["sparse.1", {"width": 1, "count": 3, "skip": 0}], ["cast.1", {"from": "U8"}]],
+            b"\xf0abcd",
+            (3,),
+            "past the end",
+        ),
+        (
+            "mask and items differ",
+            [["sparse.1", {"width": 1, "count": 3, "skip": 0}], ["cast.1", {"from": "U8"}]],
+            b"\x07ab",
+            (3,),
+            "marks 3",
+        ),
+        (
+            "sparse bomb",
+            [["sparse.1", {"width": 8, "count": 60000, "skip": 0}], ["cast.1", {"from": "U8"}]],
+            bytes(7500),
+            (3,),
+            "more bytes",
+        ),
+        ("unknown table", [["codebook.1", {"table": "nine", "scale": 1.0}]], b"a", (1,), "table"),
+        ("outside the table", [["codebook.1", {"table": [0.0, 1.0], "scale": 1.0}]], b"\0\2", (2,), "code 2 is outside"),
+        ("NaN in table", [["codebook.1", {"table": [float("nan")], "scale": 1.0}]], b"\0", (1,), "table"),
+        ("infinite scale", [["codebook.1", {"table": "eightbit", "scale": float("inf")}]], b"\0", (1,), "scale"),
+        ("scale too large", [["codebook.1", {"table": "eightbit", "scale": 1e39}]], b"\0", (1,), "too large"),
+        ("codebook too short", [["codebook.1", {"table": "eightbit", "scale": 1.0}]], b"\0", (2,), "gives 1 values"),
+        ("affine too short", [["affine.1", AFFINE]], ONE + b"a", (2,), "5 bytes are there where 6"),
+        ("affine 5 bits", [["affine.1", {**AFFINE, "bits": 5}]], ONE + b"a", (1,), "bits"),
+        ("affine axis", [["affine.1", {**AFFINE, "axis": 1}]], ONE + b"a", (1,), "axis"),
+        ("affine block 0", [["affine.1", {**AFFINE, "block": 0}]], ONE + b"a", (1,), "block"),
+        ("affine scale NaN", [["affine.1", AFFINE]], np.float32("nan").tobytes() + b"a", (1,), "finite"),
+        ("affine scale large", [["affine.1", AFFINE]], np.float32(3e38).tobytes() + b"\x7f", (1,), "too large"),
+        ("nibbles past end", [["affine.1", {**AFFINE, "bits": 4}]], ONE + b"\x11", (1,), "past the end"),
+        ("ten terabytes", [["cast.1", {"from": "F32"}]], b"abcd", (1600000, 1600000), "claim to hold"),
+    ],
+)
+def test_malformed_chains_are_refused(
+    label: str, steps: list[list[Any]], payload: bytes, shape: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(BadInput, match=words) as caught:
+        decode(payload, chain(steps), shape, DTYPES["U8"] if label != "ten terabytes" else DTYPES["F32"], "W")
+    assert caught.value.tensor == "W"
+
+
+def test_random_bytes_never_do_worse_than_a_refusal() -> None:
+    rng = np.random.default_rng(11)
+    kinds: list[list[list[Any]]] = [
+        [["zstd.1", {"size": 64}], ["cast.1", {"from": "F32"}]],
+        [["planes.1", {"width": 4, "skip": 0}], ["cast.1", {"from": "F32"}]],
+        [["sparse.1", {"width": 4, "count": 16, "skip": 0}], ["cast.1", {"from": "F32"}]],
+        [["affine.1", {"bits": 4, "axis": 0, "block": 3, "scale": "BF16", "zero": True}]],
+        [["codebook.1", {"table": "eightbit", "scale": 0.5}]],
+    ]
+    decoded = 0
+    for _ in range(2000):
+        payload = rng.bytes(int(rng.integers(0, 90)))
+        try:
+            values = decode(payload, chain(kinds[int(rng.integers(len(kinds)))]), (4, 4), DTYPES["F32"], "W")
+        except BadInput:
+            continue
+        decoded += 1
+        assert values.shape == (4, 4)
+    assert decoded
