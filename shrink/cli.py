@@ -22,6 +22,7 @@ from tabulate import tabulate
 from shrink import __version__, formats, inspection, pipeline
 from shrink import recipe as recipes
 from shrink.errors import OutputError, ShrinkError, UsageError, printable
+from shrink.files import atomic_file
 from shrink.model import Model
 from shrink.pipeline import Change, Difference
 from shrink.progress import Progress
@@ -30,12 +31,12 @@ from shrink.quantizers import modes
 __all__ = ["main"]
 
 
-def main() -> NoReturn:
-    """Run the command and exit with its code."""
-    debug = "--debug" in sys.argv[1:]
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command, with `sys.argv` where no arguments are given, and exit with its code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
     try:
-        command(standalone_mode=False)
-        sys.stdout.flush()
+        command(arguments, prog_name="shrink", standalone_mode=False)
         code = 0
     except click.exceptions.Exit as exit_request:
         code = exit_request.exit_code
@@ -48,10 +49,6 @@ def main() -> NoReturn:
         if debug:
             traceback.print_exc()
         code = _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader of a pipe went away, as `head` does: that is no error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except (OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()
@@ -475,10 +472,13 @@ def _emit(
         table = [tabulate(rows, headers, colalign=align, disable_numparse=True), ""] if rows else []
         text = "\n".join([*table, *lines])
     if output is None:
-        click.echo(text)
+        try:
+            click.echo(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader of a pipe went away, as `head` does: no error of ours. What is left to say has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
-        from shrink.files import atomic_file
-
         with atomic_file(output) as file:
             file.write((text + "\n").encode())
 

@@ -29,11 +29,11 @@ __all__ = [
 _SHOWN_CHARACTERS = 120
 
 
-def printable(name: object) -> str:
+def printable(name: object, *, at_most: int = _SHOWN_CHARACTERS) -> str:
     """A name out of a file, safe to print: one line, no control or direction marks, cut when long."""
     text = str(name)
-    if len(text) > _SHOWN_CHARACTERS:
-        text = text[: _SHOWN_CHARACTERS - 1] + "…"
+    if len(text) > at_most:
+        text = text[: at_most - 1] + "…"
     # Categories C* are controls, formats (right-to-left marks), surrogates and unassigned code points;
     # Zl and Zp break lines.
     return "".join(
@@ -57,7 +57,7 @@ class ShrinkError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        where = f"{printable(self.file)}: " if self.file is not None else ""
+        where = f"{printable(self.file, at_most=4096)}: " if self.file is not None else ""
         which = f"tensor {printable(self.tensor)}: " if self.tensor is not None else ""
         what_to_do = f" ({self.hint})" if self.hint else ""
         return f"{where}{which}{self.message}{what_to_do}"

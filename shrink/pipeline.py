@@ -140,9 +140,9 @@ def _quantized(tensor: Entry, decision: Decision) -> tuple[Entry, Change]:
             _finite(tensor)
         return kept(decision.reason)
     stores = decision[-1].stores
+    original = _finite(tensor)
     if _stored_as(tensor) == stores and len(decision) == 1 and stores != "float32":
         return kept(f"is {stores} already")
-    original = _finite(tensor)
     x, result, became, notes = original, None, "", []
     for quantizer in decision:
         outcome = quantizer.quantize(tensor.name, x)

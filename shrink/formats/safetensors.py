@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shrink import container
-from shrink.errors import BadInput
+from shrink.errors import BadInput, printable
 from shrink.files import file_size, inside, read_all
 from shrink.model import Entry, Model, Source
 
@@ -45,6 +45,8 @@ def _read_sharded(path: Path) -> Model:
     parts = []
     for shard in sorted(set(weight_map.values())):
         shard_path = inside(path.parent, shard, file=path)
+        if not shard_path.is_file():
+            raise BadInput(f"its shard {printable(shard)} is missing", file=path)
         part = container.read(shard_path)
         parts.append(part)
         size += file_size(shard_path)
