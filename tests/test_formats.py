@@ -140,7 +140,7 @@ def test_damaged_models_are_refused_with_one_clear_line(module: str, tmp_path: P
         assert isinstance(case, Damaged)
         assert case.label not in labels
         labels.add(case.label)
-        before = {p for p in tmp_path.rglob("*")}
+        before = set(tmp_path.rglob("*"))
         out = tmp_path / "result.safetensors"
         outcome = run("quantize", case.path, "--mode", "int8", "-o", out)
         assert outcome.code == case.exit_code, (case.label, outcome)
@@ -149,7 +149,7 @@ def test_damaged_models_are_refused_with_one_clear_line(module: str, tmp_path: P
         assert outcome.stderr.count("\n") == 1
         for word in (*case.words, case.path.name[:20]):
             assert word in outcome.stderr, (case.label, outcome.stderr)
-        assert {p for p in tmp_path.rglob("*")} == before, case.label
+        assert set(tmp_path.rglob("*")) == before, case.label
     assert len(labels) >= 5
 
 

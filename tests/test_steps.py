@@ -74,7 +74,7 @@ ZSTD_OF_ABC = bytes.fromhex("28b52ffd2003190000616263")
         ("zstd shorter", [["zstd.1", {"size": 4}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (4,), "promised 4"),
         ("zstd huge", [["zstd.1", {"size": 1 << 40}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (3,), "size"),
         ("size is true", [["zstd.1", {"size": True}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (1,), "size"),
-        ("planes not whole", [["planes.1", {"width": 2, "skip": 0}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "whole"),
+        ("planes odd", [["planes.1", {"width": 2, "skip": 0}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "whole"),
         ("planes skip", [["planes.1", {"width": 2, "skip": 9}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "skip"),
         (
             "mask cut",
@@ -105,7 +105,7 @@ ZSTD_OF_ABC = bytes.fromhex("28b52ffd2003190000616263")
             "more bytes",
         ),
         ("unknown table", [["codebook.1", {"table": "nine", "scale": 1.0}]], b"a", (1,), "table"),
-        ("outside the table", [["codebook.1", {"table": [0.0, 1.0], "scale": 1.0}]], b"\0\2", (2,), "code 2 is outside"),
+        ("outside the table", [["codebook.1", {"table": [0.0, 1.0], "scale": 1.0}]], b"\0\2", (2,), "code 2 is"),
         ("NaN in table", [["codebook.1", {"table": [float("nan")], "scale": 1.0}]], b"\0", (1,), "table"),
         ("infinite scale", [["codebook.1", {"table": "eightbit", "scale": float("inf")}]], b"\0", (1,), "scale"),
         ("scale too large", [["codebook.1", {"table": "eightbit", "scale": 1e39}]], b"\0", (1,), "too large"),

@@ -1,0 +1,1 @@
+"""Reproducible measurements beside other tools: `python -m benchmarks NAME`."""
