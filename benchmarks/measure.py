@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,15 +55,14 @@ def process(arguments: Sequence[str]) -> Run:
         RuntimeError: it failed; the message holds what it said.
     """
     start = time.perf_counter()
-    child = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert child.stdout is not None
-    said = child.stdout.read()
-    child.stdout.close()
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - start
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{arguments[:4]} failed: {said.decode(errors='replace')[-2000:]}")
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(arguments, stdout=said, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        if child.returncode:
+            raise RuntimeError(said.read().decode(errors="replace").strip().rsplit("\n", 1)[-1])
     return Run(seconds, usage.ru_maxrss * 1024)
 
 

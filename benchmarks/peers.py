@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -47,16 +48,21 @@ def webdnn_encoder() -> tuple[Callable[[F32], bytes], Callable[[F32], object]]:
     return whole, codes
 
 
-def tensorflowjs_uint8(x: F32) -> NDArray[Any]:
-    """TensorFlow.js 4.22's affine uint8: the formulas of its converter's quantization.py."""
-    smallest, largest = x.min().astype(np.float64), x.max().astype(np.float64)
-    smallest, largest = min(smallest, 0.0), max(largest, 0.0)
-    scale = (largest - smallest) / 255
-    zero = np.round(-smallest / scale)
-    nudged_smallest, nudged_largest = -zero * scale, (255 - zero) * scale
-    clipped = np.clip(x, nudged_smallest, nudged_largest)
-    codes: NDArray[Any] = np.round((clipped - nudged_smallest) / scale).astype(np.uint8)
-    return codes
+def webdnn_decode(data: bytes, table: NDArray[np.float64]) -> F32:
+    """What WebDNN's browser side makes of one tensor's bytes: offset, length, scale, a reserved word, zlib codes."""
+    scale = float(np.frombuffer(data, "<f4", 1, 8)[0])
+    codes = np.frombuffer(zlib.decompress(data[16:]), np.uint8)
+    return (table * scale).astype(np.float32)[codes]
+
+
+def tensorflowjs_uint8(x: F32) -> tuple[NDArray[np.uint8], float, float]:
+    """TensorFlow.js 4.22's affine uint8, by the formulas of its converter's quantization.py: codes, scale, minimum."""
+    smallest, largest = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    scale = (largest - smallest) / 255 or 1.0
+    zero = round(-smallest / scale)
+    low, high = -zero * scale, (255 - zero) * scale
+    codes = np.round((np.clip(x, low, high) - low) / scale).astype(np.uint8)
+    return codes, scale, low
 
 
 def tensorflowjs_float16(x: F32) -> NDArray[Any]:

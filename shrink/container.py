@@ -4,19 +4,18 @@ A tensor that is not encoded is a plain safetensors tensor that any reader under
 tensor; under the key `shrink` the header's `__metadata__` holds JSON:
 
     {"version": 1,
-     "source": format name,            what the model was read from
-     "attributes": {…},                what that format must have back
-     "state": [names],                 tensors that only training needs
-     "encoded": {name: {"dtype", "shape", "steps": [[step, params], …]}},
-     "crc32": {name: number}}          of each tensor's stored bytes, encoded or not
+     "source": format name,                 what the model was read from
+     "state": [names],                      tensors that only training needs
+     "tensors": {name: {"crc32": number,    of the tensor's stored bytes
+                        "dtype", "shape",   of the decoded values, and
+                        "steps": [[step, parameters], …]}}}      its decode chain, where it is encoded
 
-`shrink.crc32` is the CRC-32 of that JSON text, and `shrink.graph` the ONNX graph in base64 where there is one.
+`shrink.crc32` is the CRC-32 of that text. Two more U8 tensors, which are none of the model's, hold zlib streams:
+`shrink.attributes`, JSON of what the source's format must have back, and `shrink.graph`, the ONNX graph.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
 import shutil
@@ -27,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import deflate
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -40,10 +40,13 @@ from shrink.steps import Step
 __all__ = ["Contents", "read", "write"]
 
 VERSION = 1
-_KEY, _CRC_KEY, _GRAPH_KEY = "shrink", "shrink.crc32", "shrink.graph"
+_KEY, _CRC_KEY = "shrink", "shrink.crc32"
+_ATTRIBUTES, _GRAPH = "shrink.attributes", "shrink.graph"
 
 # What one encoded tensor costs in the header beyond its payload; packing must gain more than this.
-_HEADER_COST = 160
+_HEADER_COST = 100
+# The largest attributes or graph that is believed.
+_BLOB_AT_MOST = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,40 @@ def read(path: Path) -> Contents:
         BadInput: not a valid safetensors file, or metadata that contradicts it.
         IntegrityError: the metadata is not what was written.
     """
+    header, data_start = _header(path)
+    meta = _metadata(header.pop("__metadata__", {}), path)
+    loads = {
+        name: _checked(
+            section(path, data_start + start, end - start, tensor=name),
+            meta.tensors.get(name, {}).get("crc32"),
+            path,
+            name,
+        )
+        for name, (start, end) in ((name, spec["data_offsets"]) for name, spec in header.items())
+    }
+    attributes, graph = {}, None
+    if meta.source is not None:
+        if header.pop(_ATTRIBUTES, None):
+            attributes = _attributes(_inflated(loads[_ATTRIBUTES](), path, _ATTRIBUTES), path)
+        if header.pop(_GRAPH, None):
+            graph = _inflated(loads[_GRAPH](), path, _GRAPH)
+    for name in (*meta.tensors, *meta.state):
+        if name not in loads:
+            raise BadInput("the metadata describes it, but the file does not hold it", file=path, tensor=name)
+    in_order = sorted(header, key=lambda name: (header[name]["data_offsets"], name))
+    entries = tuple(_entry(name, header[name], meta, loads[name], path) for name in in_order)
+    return Contents(entries, meta.source, attributes, graph)
+
+
+@dataclass(frozen=True)
+class _Meta:
+    source: str | None
+    state: frozenset[str]
+    tensors: dict[str, dict[str, Any]]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, validated, and where the data starts."""
     try:
         # Opening validates everything: header size, overlaps, holes, offsets against dtype and shape.
         with io_errors(path), safe_open(path, framework="numpy"):
@@ -71,29 +108,7 @@ def read(path: Path) -> Contents:
         raise BadInput(f"not a valid safetensors file: {error}", file=path) from None
     with io_errors(path), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header_bytes = file.read(length)
-    header = _json(header_bytes, path, "the header")
-    metadata = header.pop("__metadata__", {})
-    meta = _metadata(metadata, path)
-    graph = _graph(metadata.get(_GRAPH_KEY), path)
-    entries = [
-        _entry(name, spec, meta, path, 8 + length)
-        for name, spec in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
-    ]
-    known = {e.name for e in entries}
-    for name in (*meta.encoded, *meta.crc32, *meta.state):
-        if name not in known:
-            raise BadInput("the metadata describes it, but the file does not hold it", file=path, tensor=name)
-    return Contents(tuple(entries), meta.source, meta.attributes, graph)
-
-
-@dataclass(frozen=True)
-class _Meta:
-    source: str | None
-    attributes: dict[str, str]
-    state: frozenset[str]
-    encoded: dict[str, Any]
-    crc32: dict[str, Any]
+        return _json(file.read(length), path, "the header"), 8 + length
 
 
 def _json(data: bytes | str, path: Path, what: str) -> dict[str, Any]:
@@ -115,7 +130,7 @@ def _json(data: bytes | str, path: Path, what: str) -> dict[str, Any]:
 def _metadata(metadata: dict[str, str], path: Path) -> _Meta:
     text = metadata.get(_KEY)
     if text is None:
-        return _Meta(None, {}, frozenset(), {}, {})
+        return _Meta(None, frozenset(), {})
     if metadata.get(_CRC_KEY) != _crc_text(text):
         raise IntegrityError("the metadata is damaged", file=path)
     meta = _json(text, path, "the metadata")
@@ -123,35 +138,46 @@ def _metadata(metadata: dict[str, str], path: Path) -> _Meta:
         raise BadInput(
             f"container version {meta.get('version')!r} is not known", file=path, hint="a newer shrink may know it"
         )
-    out = _Meta(meta.get("source"), meta.get("attributes"), meta.get("state"), meta.get("encoded"), meta.get("crc32"))  # type: ignore[arg-type]
-    strings = (dict, list, dict, dict)
-    for value, kind in zip((out.attributes, out.state, out.encoded, out.crc32), strings, strict=True):
-        if not isinstance(value, kind):
-            raise BadInput("the metadata has parts missing", file=path)
-    if not isinstance(out.source, str) or not all(isinstance(v, str) for v in (*out.attributes.values(), *out.state)):
-        raise BadInput("the metadata has parts of the wrong type", file=path)
-    return _Meta(out.source, out.attributes, frozenset(out.state), out.encoded, out.crc32)
+    source, state, tensors = meta.get("source"), meta.get("state"), meta.get("tensors")
+    if not (
+        isinstance(source, str)
+        and isinstance(state, list)
+        and all(isinstance(name, str) for name in state)
+        and isinstance(tensors, dict)
+        and all(isinstance(spec, dict) for spec in tensors.values())
+    ):
+        raise BadInput("the metadata has parts missing or of the wrong type", file=path)
+    return _Meta(source, frozenset(state), tensors)
 
 
-def _graph(text: str | None, path: Path) -> bytes | None:
-    if text is None:
-        return None
+def _inflated(data: bytes, path: Path, name: str) -> bytes:
+    stream = zlib.decompressobj()
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise IntegrityError("the graph is damaged", file=path) from None
+        out = stream.decompress(data, _BLOB_AT_MOST)
+    except zlib.error as error:
+        raise IntegrityError(f"damaged: {error}", file=path, tensor=name) from None
+    if not stream.eof:
+        raise BadInput("cut, or larger than is believable", file=path, tensor=name)
+    return out
 
 
-def _entry(name: str, spec: dict[str, Any], meta: _Meta, path: Path, data_start: int) -> Entry:
+def _attributes(data: bytes, path: Path) -> dict[str, str]:
+    attributes = _json(data, path, "attributes")
+    if not all(isinstance(value, str) for value in attributes.values()):
+        raise BadInput("attributes are not all text", file=path)
+    return attributes
+
+
+def _entry(name: str, spec: dict[str, Any], meta: _Meta, load: Callable[[], bytes], path: Path) -> Entry:
     check_name(name, file=path)
     role: Role = "state" if name in meta.state else "weight"
     start, end = spec["data_offsets"]
-    load = _checked(section(path, data_start + start, end - start, tensor=name), meta.crc32.get(name), path, name)
-    shape = tuple(spec["shape"])
-    if name in meta.encoded:
+    said = meta.tensors.get(name, {})
+    if "steps" in said:
         if spec["dtype"] != "U8":
             raise BadInput("it is encoded, but not stored as U8", file=path, tensor=name)
-        return _encoded(name, meta.encoded[name], end - start, load, role, path)
+        return _encoded(name, said, end - start, load, role, path)
+    shape = tuple(spec["shape"])
     if spec["dtype"] == "BF16":
         return Tensor(name, DTYPES["F32"], shape, lambda: _widen(load()).reshape(shape), role)
     dtype = DTYPES.get(spec["dtype"])
@@ -160,15 +186,15 @@ def _entry(name: str, spec: dict[str, Any], meta: _Meta, path: Path, data_start:
     return Tensor(name, dtype, shape, lambda: np.frombuffer(load(), dtype).reshape(shape), role)
 
 
-def _encoded(name: str, spec: Any, size_bytes: int, load: Callable[[], bytes], role: Role, path: Path) -> Quantized:
+def _encoded(
+    name: str, said: dict[str, Any], size_bytes: int, load: Callable[[], bytes], role: Role, path: Path
+) -> Quantized:
     def wrong(what: str) -> BadInput:
         return BadInput(f"its description {what}", file=path, tensor=name)
 
-    if not isinstance(spec, dict) or set(spec) != {"dtype", "shape", "steps"}:
-        raise wrong("does not have dtype, shape and steps")
-    shape, steps = spec["shape"], spec["steps"]
-    if spec["dtype"] not in DTYPES:
-        raise wrong("names an unknown dtype")
+    dtype, shape, steps = said.get("dtype"), said.get("shape"), said["steps"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise wrong("names no known dtype")
     if not isinstance(shape, list) or len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
         raise wrong("has no valid shape")
     if math.prod(shape) >= 1 << 48:
@@ -178,9 +204,8 @@ def _encoded(name: str, spec: Any, size_bytes: int, load: Callable[[], bytes], r
     for step in steps:
         if not (isinstance(step, list) and len(step) == 2 and isinstance(step[0], str) and isinstance(step[1], dict)):
             raise wrong("has a step that is not [name, parameters]")
-    return Quantized(
-        name, DTYPES[spec["dtype"]], tuple(shape), tuple(Step(s, p) for s, p in steps), size_bytes, load, role
-    )
+    chain = tuple(Step(step_name, parameters) for step_name, parameters in steps)
+    return Quantized(name, DTYPES[dtype], tuple(shape), chain, size_bytes, load, role)
 
 
 def _checked(load: Callable[[], bytes], crc: Any, path: Path, name: str) -> Callable[[], bytes]:
@@ -214,57 +239,63 @@ def write(
     graph: bytes | None,
     level: int | None,
 ) -> dict[str, int]:
-    """Write a container and return the bytes that each tensor takes in it; is in memory at a time:
-    payloads go to a spool file, then header and spool join.
+    """Write a container and return the bytes that each tensor takes in it.
 
-    Tensors are stored in the order they come. With a `level`, tensors are packed where that pays.
+    Tensors are stored in the order they come, one in memory at a time: payloads go to a spool file, then header
+    and spool join. With a `level`, tensors are packed where that pays.
     """
     header: dict[str, Any] = {}
-    encoded: dict[str, Any] = {}
-    crc32: dict[str, int] = {}
+    tensors: dict[str, dict[str, Any]] = {}
     state: list[str] = []
     position = 0
     with atomic_file(path) as out, tempfile.TemporaryFile(dir=path.parent) as spool:
+
+        def store(name: str, dtype: str, shape: list[int], payload: bytes) -> None:
+            nonlocal position
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + len(payload)]}
+            tensors[name] = {"crc32": zlib.crc32(payload)}
+            spool.write(payload)
+            position += len(payload)
+
         for entry in entries:
+            if entry.name in (_ATTRIBUTES, _GRAPH):
+                raise BadInput("this name is reserved", file=path, tensor=entry.name)
             dtype, shape, payload, steps = _stored(entry, level)
+            store(entry.name, dtype, shape, payload)
             if steps:
-                encoded[entry.name] = {
+                tensors[entry.name] |= {
                     "dtype": dtype_code(entry.dtype),
                     "shape": list(entry.shape),
                     "steps": [[s.name, dict(s.params)] for s in steps],
                 }
-            header[entry.name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + len(payload)]}
-            crc32[entry.name] = zlib.crc32(payload)
             if entry.role == "state":
                 state.append(entry.name)
-            spool.write(payload)
-            position += len(payload)
-        meta = {
-            "version": VERSION,
-            "source": source,
-            "attributes": dict(attributes),
-            "state": state,
-            "encoded": encoded,
-            "crc32": crc32,
-        }
-        text = json.dumps(meta, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-        metadata = {_KEY: text, _CRC_KEY: _crc_text(text)}
+        sizes = {name: spec["data_offsets"][1] - spec["data_offsets"][0] for name, spec in header.items()}
+        if attributes:
+            blob = bytes(deflate.zlib_compress(_compact(dict(attributes)).encode(), 12))
+            store(_ATTRIBUTES, "U8", [len(blob)], blob)
         if graph is not None:
-            metadata[_GRAPH_KEY] = base64.b64encode(graph).decode("ascii")
-        head = json.dumps({"__metadata__": metadata, **header}, ensure_ascii=False, separators=(",", ":")).encode()
+            blob = bytes(deflate.zlib_compress(graph, 12))
+            store(_GRAPH, "U8", [len(blob)], blob)
+        text = _compact({"version": VERSION, "source": source, "state": state, "tensors": tensors})
+        head = _compact({"__metadata__": {_KEY: text, _CRC_KEY: _crc_text(text)}, **header}).encode()
         head += b" " * (-len(head) % 8)
         out.write(len(head).to_bytes(8, "little") + head)
         spool.seek(0)
         shutil.copyfileobj(spool, out, 1 << 20)
-    return {name: spec["data_offsets"][1] - spec["data_offsets"][0] for name, spec in header.items()}
+    return sizes
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _stored(entry: Entry, level: int | None) -> tuple[str, list[int], bytes, tuple[Step, ...]]:
     """dtype, shape and bytes as the safetensors header sees them, and the decode chain, empty for a plain tensor."""
     if isinstance(entry, Tensor):
-        values = np.ascontiguousarray(entry.array)
-        code = dtype_code(values.dtype)
-        bare = Quantized.of(entry.name, entry.dtype, entry.shape, (Step("cast.1", {"from": code}),), values.tobytes())
+        values = entry.array
+        cast = (Step("cast.1", {"from": dtype_code(values.dtype)}),)
+        bare = Quantized.of(entry.name, entry.dtype, entry.shape, cast, values.tobytes())
     else:
         bare = entry
     if level is not None and len(bare.steps) == 1:

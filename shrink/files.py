@@ -43,6 +43,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears at `path` when the block ends well. An old one there is replaced at the end."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise OutputError("is not a folder", file=path)
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
     try:
@@ -102,8 +104,8 @@ def inside(folder: Path, name: str, *, file: Path) -> Path:
     path = folder / name
     try:
         resolved, root = path.resolve(), folder.resolve()
-    except OSError as error:
-        raise OutputError(str(error.strerror), file=path) from error
+    except (OSError, RuntimeError):  # links in a circle are a RuntimeError before Python 3.13
+        raise BadInput(f"it refers to {name!r}, which leads nowhere", file=file, hint="refused") from None
     if not resolved.is_relative_to(root):
         raise BadInput(f"it refers to {name!r}, a link out of its own folder", file=file, hint="refused")
     return path

@@ -162,7 +162,9 @@ Entry = Tensor | Quantized
 def plain_values(entry: Entry) -> Array:
     """The values in the dtype they are stored in: a float16 tensor stays float16, codes become float32."""
     if isinstance(entry, Quantized) and entry.steps[-1].name == "cast.1":
-        stored = DTYPES[entry.steps[-1].params["from"]]
+        stored = DTYPES.get(str(entry.steps[-1].params.get("from")))
+        if stored is None:
+            raise BadInput("cast.1: from is not a known type", tensor=entry.name)
         return decode(entry.payload, entry.steps, entry.shape, stored, entry.name)
     return entry.array
 

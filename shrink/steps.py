@@ -4,8 +4,9 @@ This is the reference decoder. It says what the bytes mean, in plain NumPy; any 
 bit for bit. A chain is zero or more byte steps (bytes -> bytes) and then one value step (bytes -> values):
 
     zstd.1      {"size": n}                     a Zstandard frame that holds n bytes
+    deflate.1   {"size": n}                     a zlib stream (RFC 1950) that holds n bytes
     planes.1    {"width", "skip"}               skip bytes as they are, then byte planes: all first bytes of the
-                                                items, all second bytes …
+                                                items, all second bytes …; with wide items, a transposed matrix
     sparse.1    {"width", "count", "skip"}      skip bytes as they are, one mask bit per item, the items not zero
     cast.1      {"from": dtype}                 little-endian values of that dtype, cast to the tensor's
     codebook.1  {"table", "scale"}              one byte per value: table[code] · scale, rounded once to float32
@@ -18,6 +19,7 @@ Every number in a chain may come from a hostile file: nothing is allocated befor
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +55,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 # A tensor larger than this is believed only when enough bytes stand behind it.
 _BELIEVED_BYTES = 1 << 30
 _BELIEVED_RATIO = 4096
+_WIDEST_ITEM = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -294,8 +297,22 @@ def _zstd(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
     return np.frombuffer(out, np.uint8)
 
 
+def _deflate(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
+    size = params.integer("size", 0, most)
+    params.done()
+    stream = zlib.decompressobj()
+    try:
+        out = stream.decompress(data.tobytes(), size + 1)
+    except zlib.error as error:
+        raise params.bad(f"the compressed bytes are damaged: {error}") from None
+    # `eof` comes after the checksum: without it the stream was cut.
+    if len(out) != size or not stream.eof or stream.unused_data:
+        raise params.bad(f"the stream does not hold the promised {size} bytes")
+    return np.frombuffer(out, np.uint8)
+
+
 def _planes(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
-    width = params.integer("width", 2, 8)
+    width = params.integer("width", 2, _WIDEST_ITEM)
     skip = params.integer("skip", 0, data.size)
     params.done()
     if (data.size - skip) % width:
@@ -418,6 +435,7 @@ def _affine(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> 
 
 _BYTE_STEPS: dict[str, Callable[[Bytes, _Params, int, str], Bytes]] = {
     "zstd.1": _zstd,
+    "deflate.1": _deflate,
     "planes.1": _planes,
     "sparse.1": _sparse,
 }

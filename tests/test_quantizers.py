@@ -158,8 +158,8 @@ def test_eightbit_needs_fewer_bytes_than_webdnn_on_trained_weights(shared_models
             out = encoded(modes()["eightbit"], x)
             ours += 16 + len(deflate.zlib_compress(out.payload, 12))
             ours_error += energy(out.array - x)
-        assert ours < theirs * 0.985
-        assert ours_error < theirs_error * 0.985
+        assert ours < theirs * 0.98
+        assert ours_error < theirs_error * 0.995
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -209,7 +209,7 @@ def test_affine_is_never_worse_than_plain_symmetric_rounding(mode: str, bits: in
         ours = np.square(out[:, start : start + width] - part).sum(axis=1)
         # bfloat16 rounds int4's scales by up to 2⁻⁹, which plain rounding with an exact scale does not suffer.
         rounding = np.square(part).sum(axis=1) * (2.0**-16 if bits == 4 else 2.0**-40)
-        assert (ours <= np.square(plain - part).sum(axis=1) * (1.1 if bits == 4 else 1) + rounding + 1e-70).all()
+        assert (ours <= np.square(plain - part).sum(axis=1) * (1.1 if bits == 4 else 1.001) + rounding + 1e-70).all()
 
 
 def test_affine_uses_a_zero_point_where_weights_are_one_sided() -> None:

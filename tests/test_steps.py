@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from shrink.model import DTYPES
 from shrink.steps import EIGHTBIT_TABLE, Step, decode
 
 GOLDEN = Path(__file__).parent / "golden" / "steps"
-STEPS = ["zstd.1", "planes.1", "sparse.1", "cast.1", "codebook.1", "affine.1"]
+STEPS = ["zstd.1", "deflate.1", "planes.1", "sparse.1", "cast.1", "codebook.1", "affine.1"]
 
 
 def chain(spec: list[list[Any]]) -> tuple[Step, ...]:
@@ -53,6 +54,7 @@ def test_the_eightbit_table_is_symmetric_and_ascending() -> None:
 
 AFFINE = {"bits": 8, "axis": None, "block": None, "scale": "F32", "zero": False}
 ONE = np.float32(1).tobytes()
+ZLIB_OF_ABC = zlib.compress(b"abc")
 ZSTD_OF_ABC = bytes.fromhex("28b52ffd2003190000616263")
 
 
@@ -74,6 +76,18 @@ ZSTD_OF_ABC = bytes.fromhex("28b52ffd2003190000616263")
         ("zstd shorter", [["zstd.1", {"size": 4}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (4,), "promised 4"),
         ("zstd huge", [["zstd.1", {"size": 1 << 40}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (3,), "size"),
         ("size is true", [["zstd.1", {"size": True}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (1,), "size"),
+        ("deflate bad", [["deflate.1", {"size": 3}], ["cast.1", {"from": "U8"}]], b"nozlib", (3,), "damaged"),
+        ("deflate cut", [["deflate.1", {"size": 3}], ["cast.1", {"from": "U8"}]], ZLIB_OF_ABC[:-1], (3,), "promised 3"),
+        ("deflate longer", [["deflate.1", {"size": 2}], ["cast.1", {"from": "U8"}]], ZLIB_OF_ABC, (2,), "promised 2"),
+        ("deflate shorter", [["deflate.1", {"size": 4}], ["cast.1", {"from": "U8"}]], ZLIB_OF_ABC, (4,), "promised 4"),
+        (
+            "deflate tail",
+            [["deflate.1", {"size": 3}], ["cast.1", {"from": "U8"}]],
+            ZLIB_OF_ABC + b"x",
+            (3,),
+            "promised",
+        ),
+        ("deflate huge", [["deflate.1", {"size": 1 << 40}], ["cast.1", {"from": "U8"}]], ZLIB_OF_ABC, (3,), "size"),
         ("planes odd", [["planes.1", {"width": 2, "skip": 0}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "whole"),
         ("planes skip", [["planes.1", {"width": 2, "skip": 9}], ["cast.1", {"from": "U8"}]], b"abc", (3,), "skip"),
         (

@@ -1,5 +1,5 @@
-"""Lossless packing of an encoded tensor's bytes."""
+"""Lossless packing of encoded tensors: byte planes, masks, and an entropy coder from a library."""
 
-from shrink.coders.zstd import pack
+from shrink.coders.packing import pack
 
 __all__ = ["pack"]

@@ -103,7 +103,9 @@ class Affine:
             for symmetric in (True,) if pruned else (True, False):
                 span = magnitude / high if symmetric else (largest - smallest) / (high - low)
                 scale = _round_scales(np.maximum(span * np.float32(shrink), _LEAST_SCALE), scale_type)[0]
-                zero = np.zeros(len(x)) if symmetric else np.clip(np.rint(low - smallest * shrink / scale), low, high)
+                zero = np.zeros(len(x), np.float32)
+                if not symmetric:
+                    zero = np.clip(np.rint(low - smallest * np.float32(shrink) / scale), low, high)
                 for refit in (False, True):
                     shifted = np.clip(np.rint(x / scale[:, None]), (low - zero)[:, None], (high - zero)[:, None])
                     if refit:

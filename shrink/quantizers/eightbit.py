@@ -14,7 +14,7 @@ Both choices need only a histogram of the weights, so the search costs milliseco
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,13 @@ F64 = NDArray[np.float64]
 
 MAGNITUDES: F64 = EIGHTBIT_TABLE[:128]
 
-# Scales tried, as a share of max |w|. 1 is WebDNN's own and must be among them.
-_SCALES: F64 = np.concatenate([np.geomspace(0.35, 0.97, 26), [0.985, 1.0, 1.0125, 1.03, 1.05]])
+# Scales tried first, as a share of max |w|; 1 is WebDNN's own and must be among them.
+_SCALES: F64 = np.concatenate([np.geomspace(0.35, 0.96, 14), [0.985, 1.0, 1.02, 1.05]])
 # Least distances of codes in use, as a share of the scale.
-_SPACINGS = (0.0, 0.0005, 0.0008, 0.0012, 0.0018, 0.0026, 0.0034, 0.0044, 0.0054, 0.0064, 0.0074, 0.0086, 0.0105)
+_SPACINGS: F64 = np.concatenate([[0.0], np.geomspace(0.0004, 0.0105, 31)])
+# Then around the best of those: neighbouring spacings, and scales this much smaller or larger.
+_NEAR_SCALES: F64 = np.linspace(0.955, 1.045, 24)
+_COARSE, _NEAR = 4, 3
 # With the largest spacing two neighbouring codes in use are at most 0.0215 apart.
 _LARGEST_ERROR = 0.0108
 
@@ -167,28 +170,40 @@ def _thinned(spacing: float) -> F64:
     return np.array(kept)
 
 
-_USED = tuple(_thinned(spacing) for spacing in _SPACINGS)
+_USED = tuple(_thinned(float(spacing)) for spacing in _SPACINGS)
 
 
 def _choose(cells: _Cells, largest: float) -> tuple[float, F64]:
     """Scale and magnitudes in use: the fewest bits at an error below WebDNN's."""
-    # float32 scales only: that is what a WebDNN weight file stores.
-    scales = _SCALES * largest
-    scales = scales[scales <= float(np.finfo(np.float32).max)].astype(np.float32).astype(np.float64)
-    scales = scales[scales > 0]
     known = cells.counts > 0
     centers, counts = cells.centers[known], cells.counts[known]
     sums = np.zeros((3, counts.size + 1))
     np.cumsum([counts, counts * centers, counts * centers**2], axis=1, out=sums[:, 1:])
-    tried = [_error_and_bits(centers, sums, used, scales) for used in _USED]
-    error = np.array([e for e, _ in tried])
-    bits = np.array([b for _, b in tried])
-    webdnn = error[0, int(np.flatnonzero(scales == largest)[0])]
-    # Half of what the best scale saves in error is kept, the other half buys bytes.
-    allowed = (webdnn + error[0].min()) / 2
-    bits[error > allowed] = np.inf
-    which, scale = np.unravel_index(int(np.argmin(bits)), bits.shape)
-    return float(scales[scale]), _USED[int(which)]
+
+    def tried(spacings: Iterable[int], shares: F64) -> list[tuple[float, float, float, int]]:
+        """(bits, error, scale, spacing) for all combinations."""
+        scales = _float32(shares * largest)
+        found: list[tuple[float, float, float, int]] = []
+        for which in spacings:
+            errors, bits = _error_and_bits(centers, sums, _USED[which], scales)
+            found += zip(bits.tolist(), errors.tolist(), scales.tolist(), [which] * scales.size, strict=True)
+        return found
+
+    full = tried([0], np.append(_SCALES, _NEAR_SCALES))
+    webdnn = next(error for _, error, scale, _ in full if scale == largest)
+    # A quarter of what the best scale saves in error is kept; the rest buys bytes.
+    allowed = 0.75 * webdnn + 0.25 * min(error for _, error, _, _ in full)
+    coarse = min(t for t in full + tried(range(_COARSE, len(_USED), _COARSE), _SCALES) if t[1] <= allowed)
+    nearby = range(max(coarse[3] - _NEAR, 0), min(coarse[3] + _NEAR + 1, len(_USED)))
+    fine = tried(nearby, _NEAR_SCALES * (coarse[2] / largest))
+    _, _, scale, which = min(t for t in [coarse, *fine] if t[1] <= allowed)
+    return scale, _USED[which]
+
+
+def _float32(scales: F64) -> F64:
+    """Scales as a WebDNN weight file stores them, without those that float32 cannot hold."""
+    scales = scales[scales <= float(np.finfo(np.float32).max)].astype(np.float32).astype(np.float64)
+    return scales[scales > 0]
 
 
 def _error_and_bits(centers: F64, sums: F64, used: F64, scales: F64) -> tuple[F64, F64]:

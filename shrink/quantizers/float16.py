@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from shrink.model import DTYPES, Quantized
 from shrink.quantizers import Kept
 from shrink.steps import Step
 
-_LARGEST = 65504.0
-_PIECE = 1 << 20
+_INFINITY = 0x7C00
+_LEAST_PIECE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,9 @@ class Float16:
     stores = "float16"
 
     def quantize(self, name: str, x: NDArray[np.float32]) -> Quantized | Kept:
-        if x.size:
-            largest = max(float(x.max()), -float(x.min()))
-            if largest > _LARGEST:
-                return Kept(f"holds {largest:.6g}, beyond float16's {_LARGEST:.0f}")
-        half = _to_half(np.ascontiguousarray(x).reshape(-1))
+        half = _to_half(x.reshape(-1))
+        if half is None:
+            return Kept(f"holds {float(np.abs(x).max()):.6g}, beyond float16's 65504")
         return Quantized.of(name, DTYPES["F32"], x.shape, (Step("cast.1", {"from": "F16"}),), half.tobytes())
 
     def bound(self, x: NDArray[np.float32], quantized: Quantized) -> float:
@@ -35,20 +34,24 @@ class Float16:
         return max(largest * 2.0**-11, 2.0**-25)
 
 
-def _to_half(flat: NDArray[np.float32]) -> NDArray[np.float16]:
-    """The conversion is bound by the processor, not by memory, and NumPy lets go of the interpreter: use all cores."""
+def _to_half(flat: NDArray[np.float32]) -> NDArray[np.float16] | None:
+    """Rounded to nearest even; None where a value became infinite.
+
+    The processor is the limit here, not memory, and NumPy lets go of the interpreter meanwhile: use all cores.
+    """
     half = np.empty(flat.size, "<f2")
-    pieces = [slice(start, start + _PIECE) for start in range(0, flat.size, _PIECE)]
+    workers = min(os.cpu_count() or 1, flat.size // _LEAST_PIECE + 1)
+    edges = [flat.size * i // workers for i in range(workers + 1)]
 
-    def convert(piece: slice) -> None:
-        half[piece] = flat[piece]
+    def fits(piece: slice) -> bool:
+        with np.errstate(over="ignore"):
+            half[piece] = flat[piece]
+        return bool((half[piece].view(np.uint16) & 0x7FFF).max(initial=0) < _INFINITY)
 
-    if len(pieces) > 1:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(convert, pieces))
-    else:
-        half[:] = flat
-    return half
+    if workers == 1:
+        return half if fits(slice(None)) else None
+    with ThreadPoolExecutor(workers) as pool:
+        return half if all(pool.map(fits, map(slice, edges[:-1], edges[1:]))) else None
 
 
 MODES = {"float16": Float16()}

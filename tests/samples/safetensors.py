@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -67,7 +66,7 @@ def damaged(folder: Path) -> Iterator[Damaged]:
         return put(label, _whole(changed, body), *words)
 
     def steps(label: str, chain: list[Any], *words: str) -> Damaged:
-        return meta(label, lambda m: m["encoded"]["l1/W"].update(steps=chain), "l1/W", *words)
+        return meta(label, lambda m: m["tensors"]["l1/W"].update(steps=chain), "l1/W", *words)
 
     yield put("empty-file", b"", "empty")
     yield put("seven-bytes", b"\1\2\3\4\5\6\7", "safetensors")
@@ -97,16 +96,16 @@ def damaged(folder: Path) -> Iterator[Damaged]:
     flipped[at] ^= 1
     yield put("flipped-metadata-bit", bytes(flipped), "damaged")
     yield meta("version-2", lambda m: m.update(version=2), "version 2")
-    yield meta("no-parts", lambda m: m.pop("encoded"), "missing")
-    yield meta("wrong-parts", lambda m: m.update(attributes={"a": 1}), "wrong type")
-    yield meta("unknown-tensor", lambda m: m["encoded"].update(ghost=m["encoded"]["l1/W"]), "ghost")
-    yield meta("not-a-payload", lambda m: m["encoded"].update({"l1/b": m["encoded"]["l1/W"]}), "l1/b", "U8")
-    yield meta("wrong-crc", lambda m: m["crc32"].update({"l1/b": 1}), "l1/b", "CRC")
-    yield meta("shape-of-text", lambda m: m["encoded"]["l1/W"].update(shape="40"), "l1/W", "shape")
-    yield meta("shape-huge", lambda m: m["encoded"]["l1/W"].update(shape=[1 << 40, 1 << 40]), "l1/W", "more values")
-    yield meta("shape-ten-terabytes", lambda m: m["encoded"]["l1/W"].update(shape=[1600000, 1600000]), "l1/W", "claim")
-    yield meta("shape-other", lambda m: m["encoded"]["l1/W"].update(shape=[40, 31]), "l1/W")
-    yield meta("dtype-unknown", lambda m: m["encoded"]["l1/W"].update(dtype="F7"), "l1/W", "dtype")
+    yield meta("no-parts", lambda m: m.pop("tensors"), "missing")
+    yield meta("wrong-parts", lambda m: m.update(state=[1]), "wrong type")
+    yield meta("unknown-tensor", lambda m: m["tensors"].update(ghost=m["tensors"]["l1/W"]), "ghost")
+    yield meta("not-a-payload", lambda m: m["tensors"].update({"l1/b": m["tensors"]["l1/W"]}), "l1/b", "U8")
+    yield meta("wrong-crc", lambda m: m["tensors"]["l1/b"].update(crc32=1), "l1/b", "CRC")
+    yield meta("shape-of-text", lambda m: m["tensors"]["l1/W"].update(shape="40"), "l1/W", "shape")
+    yield meta("shape-huge", lambda m: m["tensors"]["l1/W"].update(shape=[1 << 40, 1 << 40]), "l1/W", "more values")
+    yield meta("shape-ten-terabytes", lambda m: m["tensors"]["l1/W"].update(shape=[1600000, 1600000]), "l1/W", "claim")
+    yield meta("shape-other", lambda m: m["tensors"]["l1/W"].update(shape=[40, 31]), "l1/W")
+    yield meta("dtype-unknown", lambda m: m["tensors"]["l1/W"].update(dtype="F7"), "l1/W", "dtype")
     yield steps("no-steps", [], "steps")
     yield steps("odd-step", ["cast.1"], "step")
     yield steps("unknown-step", [["run.1", {"code": "import os"}], ["cast.1", {"from": "F32"}]], "run.1")
@@ -131,6 +130,14 @@ def damaged(folder: Path) -> Iterator[Damaged]:
     index = folder / "link.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "linked.safetensors"}}')
     yield Damaged("index-link", index, ("link",))
-    changed = json.loads(json.dumps(header))
-    changed["__metadata__"]["shrink.graph"] = base64.b64encode(b"x").decode()[:-1]
-    yield put("graph-not-base64", _whole(changed, body), "graph")
+    at = len(good) - len(body) + header["shrink.attributes"]["data_offsets"][0]
+    yield put("flipped-attributes", good[:at] + b"?" + good[at + 1 :], "shrink.attributes", "CRC")
+    blob = zlib.compress(b"[]")
+    shorter = json.loads(json.dumps(header))
+    start = shorter["shrink.attributes"]["data_offsets"][0]
+    shorter["shrink.attributes"] = {"dtype": "U8", "shape": [len(blob)], "data_offsets": [start, start + len(blob)]}
+    said = json.loads(shorter["__metadata__"]["shrink"])
+    said["tensors"]["shrink.attributes"]["crc32"] = zlib.crc32(blob)
+    text = json.dumps(said)
+    shorter["__metadata__"] = {"shrink": text, "shrink.crc32": f"{zlib.crc32(text.encode()):08x}"}
+    yield put("attributes-list", _whole(shorter, body[:start] + blob), "attributes")
