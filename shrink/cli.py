@@ -205,7 +205,7 @@ def quantize(
         raise UsageError(
             f"{target.NAME} cannot hold {sorted(missing)[0]} weights", hint="write a .safetensors file instead"
         )
-    _check_output(target_path, model, force)
+    _check_output(target_path, target, model, force)
     reduced = loaded if keep_all else pipeline.drop_state(loaded)
     decisions = pipeline.decided(reduced, recipe, to_webdnn=target.NAME == "webdnn")
     changes: list[Change] = []
@@ -295,7 +295,7 @@ def restore(model: Path, output: Path | None, force: bool, as_json: bool) -> Non
     own = formats.by_name(loaded.source.format)
     target_path = output or model.with_name(f"{_stem(model)}.restored{own.SUFFIX}")
     target = formats.for_output(target_path, loaded.source.format)
-    _check_output(target_path, model, force)
+    _check_output(target_path, target, model, force)
     with _bar("restoring") as progress:
         plain = dataclasses.replace(loaded, tensors=tuple(pipeline.restored(loaded)))
         target.write(plain, _watched(plain, progress), target_path, None)
@@ -402,12 +402,12 @@ def _default_output(model: Path, source: str, mode: str, stores: frozenset[str])
     return model.resolve().with_name(f"{_stem(model)}.{mode.replace(',', '-').replace(' ', '')}{suffix}")
 
 
-def _check_output(output: Path, model: Path, force: bool) -> None:
+def _check_output(output: Path, target: formats.Format, model: Path, force: bool) -> None:
     if output.exists() and output.resolve() == model.resolve():
         raise UsageError("that is the model itself", file=output, hint="choose another -o")
     if output.exists() and not force:
         raise UsageError("exists already", file=output, hint="--force replaces it")
-    if output.is_dir() != (output.suffix == "") and output.exists():
+    if output.exists() and output.is_dir() != (target.SUFFIX == ""):
         raise UsageError("is a folder" if output.is_dir() else "is not a folder", file=output)
     if not output.resolve().parent.is_dir():
         raise OutputError("its folder does not exist", file=output)

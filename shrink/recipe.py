@@ -39,6 +39,8 @@ _RECIPE_AT_MOST = 1_000_000
 
 # Below this, what the description of an encoded tensor costs outweighs what coding saves.
 _FEWEST_WEIGHTS = 256
+# Without a shape, what is smaller than this is taken for a bias.
+_FEWEST_WEIGHTS_OF_A_FLAT_TENSOR = 1024
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,12 @@ def wants(recipe: Recipe, tensors: Iterable[Entry], *, flat: bool, every: bool) 
 
 
 def _default(tensor: Entry, chain: tuple[Quantizer, ...], flat: bool, every: bool) -> Decision:
-    if every:
-        return chain
+    few = _FEWEST_WEIGHTS_OF_A_FLAT_TENSOR if flat else _FEWEST_WEIGHTS
     if not flat and sum(n > 1 for n in tensor.shape) < 2:
-        return Kept("one number per channel (a bias or batch-norm value)" if tensor.size > 1 else "a single number")
-    if tensor.size < _FEWEST_WEIGHTS:
-        return Kept(f"only {tensor.size} weights")
-    return chain
+        reason = "one number per channel (a bias or batch-norm value)" if tensor.size > 1 else "a single number"
+    elif tensor.size < few:
+        reason = f"only {tensor.size} values"
+    else:
+        return chain
+    # What must be coded is coded, but not pruned as well.
+    return chain[-1:] if every else Kept(reason)

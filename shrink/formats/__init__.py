@@ -82,13 +82,16 @@ def for_output(path: Path, source: str) -> Format:
     Raises:
         UsageError: no format is written with this suffix, or not from a model of this source.
     """
-    fitting = [f for f in all_formats() if path.suffix.lower() == f.SUFFIX]
-    if not fitting:
-        suffixes = ", ".join(sorted({f.SUFFIX for f in all_formats()} - {""}))
-        raise UsageError(f"no format has the suffix {path.suffix!r}", file=path, hint=f"use {suffixes}")
-    own = [f for f in fitting if source == f.NAME]
-    if path.suffix == "" and not own:
+    fitting = [f for f in all_formats() if path.suffix.lower() == f.SUFFIX and f.SUFFIX]
+    own = next((f for f in all_formats() if source == f.NAME), None)
+    if fitting:
+        return own if own in fitting and own is not None else fitting[0]
+    if own is not None and not own.SUFFIX:
+        # Folders may be called anything, as in `model.eightbit`.
+        return own
+    if not path.suffix:
         raise UsageError(
             "a folder can only be written for a model that was one", file=path, hint="add a suffix: .safetensors"
         )
-    return (own or fitting)[0]
+    suffixes = ", ".join(sorted({f.SUFFIX for f in all_formats()} - {""}))
+    raise UsageError(f"no format has the suffix {path.suffix!r}", file=path, hint=f"use {suffixes}")

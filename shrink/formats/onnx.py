@@ -83,7 +83,7 @@ def _tensor_name(initializer: str, taken: set[str]) -> str:
     return name
 
 
-def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> None:
+def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> dict[str, int]:
     """An ONNX file with the tensors in it, at most 2 GiB; each computes to the very values of `Entry.array`.
 
     A tensor that would not get smaller by it is stored as its values. `level` is not used: ONNX does not compress.
@@ -101,15 +101,19 @@ def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None)
     slots = _slots(proto, source)
     with atomic_file(path) as out, tempfile.TemporaryFile(dir=path.parent) as spool:
         writer = Writer(proto, names, spool, source)
+        stored = {}
         for entry in entries:
             slot = slots.pop(entry.name, None)
             if slot is not None:
+                start = spool.tell()
                 writer.add(slot, entry)
+                stored[entry.name] = spool.tell() - start
             elif entry.role == "weight":
                 raise BadInput("the graph has no initializer for it", file=source, tensor=entry.name)
         for name in slots:
             raise BadInput("the graph needs it, but the model does not have it", file=source, tensor=name)
         writer.finish(out)
+    return stored
 
 
 def _slots(proto: ModelProto, source: Path) -> dict[str, TensorProto]:

@@ -25,6 +25,7 @@ import re
 import shutil
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,13 +73,15 @@ def sniff(path: Path, head: bytes) -> bool:
     return any(map(GRAPH_FILE.fullmatch, names)) and any(map(WEIGHT_FILE.fullmatch, names))
 
 
-def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> None:
+def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> dict[str, int]:
     """A folder that stock `webdnn.js` loads. The bodies of records are always deflated, whatever `level` says.
 
     A backend becomes `eightbit` when any of its tensors is coded so, and `raw` when none is. A tensor of plain
     floats in an eightbit backend is coded without loss where that is possible, else by WebDNN's own rule.
-    Graphs change in `weight_encoding` only. When the model was read from a folder, the other plain files of that
-    folder (kernels, labels) are copied; links, hidden files and folders are not.
+    Graphs change in `weight_encoding` only, and in `converted_at` where the weights are others than before: stock
+    `webdnn.js` keeps weights in the visitor's browser until that number changes. When the model was read from a
+    folder, the other plain files of that folder (kernels, labels) are copied; links, hidden files and folders are
+    not.
 
     Raises:
         UsageError: the model did not come from a WebDNN folder, or not all of its tensors are given.
@@ -100,11 +103,12 @@ def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None)
             layout = layout_of(graph, backend, model.source.path)
             writers[backend] = _Writer(layout, text, cut, model.source.path, spool)
         given = set()
+        before = {t.name: t for t in model.tensors}
         for entry in entries:
             backend, _, name = entry.name.partition("/")
             if backend not in writers:
                 raise BadInput("no graph has it", file=model.source.path, tensor=entry.name)
-            writers[backend].add(name, entry)
+            writers[backend].add(name, entry, changed=entry is not before.get(entry.name))
             given.add(entry.name)
         for tensor in model.tensors:
             if tensor.name not in given:
@@ -115,6 +119,7 @@ def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None)
             _copy(source, folder / name)
         # Last, for only now is the old folder about to go.
         _refuse_to_lose(path, others)
+    return {w.layout.tensor(part.name): part.stored_bytes for w in writers.values() for part in w.parts}
 
 
 @dataclass(frozen=True)
@@ -139,12 +144,14 @@ class _Writer:
     source: Path
     spool: IO[bytes]
     parts: list[_Part] = field(default_factory=list)
+    changed: bool = False
     spans: dict[str, Span] = field(init=False)
 
     def __post_init__(self) -> None:
         self.spans = {span.name: span for span in self.layout.spans}
 
-    def add(self, name: str, entry: Entry) -> None:
+    def add(self, name: str, entry: Entry, *, changed: bool) -> None:
+        self.changed |= changed
         span = self._span(name, entry)
         if span.size != entry.size:
             raise self._bad(name, f"it has {entry.size} values, its place in the graph {span.size}")
@@ -166,7 +173,7 @@ class _Writer:
             total += part.size
         constants(self.layout, total, self.source)
         eightbit = any(part.coded for part in self.parts)
-        with open(folder / f"weight_{self.layout.backend}.bin", "xb") as file:
+        with open(folder / f"weight_{self.layout.backend}.bin", "x+b") as file:
             for part in self.parts:
                 self.spool.seek(part.start)
                 if eightbit and not part.coded:
@@ -174,10 +181,16 @@ class _Writer:
                         file.write(data)
                 else:
                     _copy_bytes(self.spool, file, part.stored_bytes)
+            file.seek(0)
+            stamp = 0
+            while data := file.read(CHUNK):
+                stamp = zlib.crc32(data, stamp)
         text = self.text
         encoding = EIGHTBIT if eightbit else RAW
         if self.parts and encoding != self.layout.encoding:
-            text = _with_encoding(text, encoding)
+            text, self.changed = _with(text, "weight_encoding", encoding), True
+        if self.changed:
+            text = _with(text, "converted_at", stamp)
         (folder / f"graph_{self.layout.backend}.json").write_bytes(text.encode())
 
     def _late_records(self, part: _Part) -> Iterator[bytes]:
@@ -202,17 +215,19 @@ class _Writer:
         return BadInput(what, file=self.source, tensor=self.layout.tensor(name))
 
 
-def _with_encoding(text: str, encoding: str) -> str:
-    """The graph, known to be valid, with another `weight_encoding` and every other character as it was."""
+def _with(text: str, name: str, value: str | int) -> str:
+    """The graph, known to be valid, with another value of a key, if it has that; every other character as it was."""
     decoder = json.JSONDecoder()
     between = re.compile(r"[ \t\n\r,:]*")
     position = text.index("{") + 1
-    while True:
-        key, position = decoder.raw_decode(text, between.match(text, position).end())  # type: ignore[union-attr]
+    end = text.rindex("}")
+    while (position := between.match(text, position).end()) < end:  # type: ignore[union-attr]
+        key, position = decoder.raw_decode(text, position)
         start = between.match(text, position).end()  # type: ignore[union-attr]
         _, position = decoder.raw_decode(text, start)
-        if key == "weight_encoding":
-            return text[:start] + json.dumps(encoding) + text[position:]
+        if key == name:
+            return text[:start] + json.dumps(value) + text[position:]
+    return text
 
 
 def _codes(entry: Entry) -> tuple[NDArray[np.uint8], float] | None:
@@ -328,7 +343,7 @@ def _other_files(model: Model) -> dict[str, Path]:
 def _refuse_to_lose(path: Path, others: Mapping[str, Path]) -> None:
     """The folder at `path` will be replaced: it may hold only graphs, weights, and what is written again."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise OutputError("something that is not a folder is in the way", file=path)
+        raise OutputError("is not a folder", file=path)
     for name in names_in(path) if path.exists() else ():
         if name not in others and not GRAPH_FILE.fullmatch(name) and not WEIGHT_FILE.fullmatch(name):
             raise OutputError(
