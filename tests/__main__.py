@@ -1,12 +1,14 @@
 """`python3 -m tests`: sets everything up, checks style and types, runs all tests.
 
 Arguments go on to pytest, as in `python3 -m tests -k container`. The exit code is pytest's; where that is 0 and
-a check failed, it is 1. Everything installed goes into this folder, Debian packages excepted.
+a check failed, it is 1; a run that is stopped gives 130 or 143. Everything installed goes into this folder,
+Debian packages excepted.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,13 +33,17 @@ def exit_code(pytest_code: int, failed: list[str]) -> int:
 
 
 def run(command: list[str], env: dict[str, str]) -> int:
-    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL)
-    while True:
+    with subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
             # Ctrl-C reaches the child too; it says what it has to say and ends by itself.
-            continue
+            process.wait()
+            raise
+        except SystemExit:
+            # A SIGTERM reaches only us.
+            process.terminate()
+            raise
 
 
 def main(arguments: list[str]) -> int:
@@ -64,4 +70,8 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.version_info < setup.OLDEST:
         sys.exit(f"shrink needs Python {setup.dotted(setup.OLDEST)} or newer; this is {sys.version.split()[0]}")
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
