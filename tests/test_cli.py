@@ -333,6 +333,25 @@ def test_ctrl_c_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["big.npz"]
 
 
+def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path: Path) -> None:
+    one = rng.standard_normal((2000, 2000)).astype("f4")
+    savez(tmp_path / "big.npz", **{f"l{i}/W": one for i in range(16)})
+    script = (
+        "import sys; from shrink.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1], file=sys.stderr)"
+    )
+    for mode in ("eightbit", "float16", "int8", "prune"):
+        outcome = subprocess.run(
+            [sys.executable, "-c", script, "quantize", tmp_path / "big.npz", "--mode", mode],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peak_bytes = int(outcome.stderr) * 1024
+        assert peak_bytes < 100e6 + 6 * one.nbytes < 16 * one.nbytes, mode
+
+
 def test_a_closed_pipe_is_no_error(gen: Path) -> None:
     script = f"{sys.executable} -m shrink inspect {gen} | true"
     outcome = subprocess.run(["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, check=False)

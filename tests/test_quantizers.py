@@ -35,7 +35,7 @@ arrays = st.one_of(
 
 
 def trained_like(size: int, seed: int = 0, outlier: float = 1.0) -> F32:
-    x = np.random.default_rng(seed).standard_t(4, size).astype(np.float32) * np.float32(0.02)
+    x: F32 = np.random.default_rng(seed).standard_t(4, size).astype(np.float32) * np.float32(0.02)
     if size:
         x[0] *= np.float32(outlier)
     return x

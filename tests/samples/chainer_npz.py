@@ -5,6 +5,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,19 +15,17 @@ from tests.samples import Damaged
 def make(folder: Path) -> Path:
     rng = np.random.default_rng(7)
     path = folder / "生成器 gen.npz"
-    np.savez_compressed(
-        path,
-        **{
-            "l1/W": rng.standard_normal((40, 30)).astype("f4"),
-            "l1/b": rng.standard_normal(40).astype("f4"),
-            "畳み込み/W": rng.standard_normal((8, 4, 3, 3)).astype(">f4"),
-            "wide/W": rng.standard_normal((30, 11)),
-            "bn/avg_var": np.ones(40, "f4"),
-            "bn/N": np.array(3, "i4"),
-            "empty": np.empty((0, 5), "f4"),
-            "fortran/W": np.asfortranarray(rng.standard_normal((16, 24)).astype("f4")),
-        },
-    )
+    arrays: dict[str, Any] = {
+        "l1/W": rng.standard_normal((40, 30)).astype("f4"),
+        "l1/b": rng.standard_normal(40).astype("f4"),
+        "畳み込み/W": rng.standard_normal((8, 4, 3, 3)).astype(">f4"),
+        "wide/W": rng.standard_normal((30, 11)),
+        "bn/avg_var": np.ones(40, "f4"),
+        "bn/N": np.array(3, "i4"),
+        "empty": np.empty((0, 5), "f4"),
+        "fortran/W": np.asfortranarray(rng.standard_normal((16, 24)).astype("f4")),
+    }
+    np.savez_compressed(path, **arrays)
     return path
 
 
