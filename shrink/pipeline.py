@@ -205,8 +205,9 @@ def difference(original: NDArray[np.floating], other: NDArray[np.floating]) -> D
         piece = a[start : start + _TILE].astype(np.float64)
         error = piece - b[start : start + _TILE]
         largest = max(largest, float(max(error.max(), -error.min())))
-        noise += float(error @ error)
-        signal += float(piece @ piece)
+        # Not BLAS, whose threads would fight over so small a piece.
+        noise += float(np.einsum("i,i->", error, error))
+        signal += float(np.einsum("i,i->", piece, piece))
     if math.isnan(noise):
         return Difference(math.nan, math.nan, math.nan)
     count = max(a.size, 1)

@@ -59,11 +59,11 @@ def _arrangements(quantized: Quantized, data: Bytes, patient: bool) -> Iterator[
             # The columns of a dense or recurrent layer are its units, which differ more than its inputs do.
             yield _planes(data, columns, skip, ())
     if width:
-        items = data[skip:].reshape(-1, width)
-        present = items[:, 0] != 0 if width == 1 else items.any(axis=1)
+        items = data[skip:].view(f"V{width}")
+        present = data[skip:].view(f"u{width}") != 0
         if np.count_nonzero(present) < (1 - _ZEROS_WORTH_A_MASK) * len(items):
             mask = np.packbits(present, bitorder="little")
-            packed = np.concatenate([data[:skip], mask, items[present].reshape(-1)])
+            packed = np.concatenate([data[:skip], mask, items[present].view(np.uint8)])
             sparse = (Step("sparse.1", {"width": width, "count": len(items), "skip": skip}),)
             yield _planes(packed, width, skip + mask.size, sparse) if width > 1 else (packed, sparse)
 
