@@ -1,4 +1,4 @@
-"""eightbit beside WebDNN's own encoder, the real package, on every real model: no larger, and closer to the original."""
+"""eightbit beside WebDNN's own encoder, the real package: no larger, and closer to the original."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shrink.steps import EIGHTBIT_TABLE
 from tests.command import run
 
 
-def sqnr_db(original: dict[str, np.ndarray], decoded: dict[str, np.ndarray]) -> float:  # type: ignore[type-arg]
+def sqnr_db(original: dict[str, np.ndarray], decoded: dict[str, np.ndarray]) -> float:
     signal = sum(float(np.square(x, dtype=np.float64).sum()) for x in original.values())
     noise = sum(float(np.square(x - decoded[n].astype(np.float64)).sum()) for n, x in original.items())
     return 10 * math.log10(signal / noise) if noise else math.inf

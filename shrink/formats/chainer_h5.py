@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from shrink.errors import BadInput
-from shrink.formats import _hdf5
+from shrink.formats import _hdf5, _hdf5_write
 from shrink.model import Entry, Model, Role, Source, Tensor, plain_values
 
 NAME = "chainer-h5"
@@ -37,43 +38,58 @@ def sniff(path: Path, head: bytes) -> bool:
 def read(path: Path) -> Model:
     file = _hdf5.opened(path)
     is_trainer = any(_TRAINER_WEIGHT.match(d.name) for d in file.datasets)
-    tensors = [_tensor(file, d, is_trainer) for d in file.datasets if d.dtype is not None]
+    tensors: list[Tensor] = []
+    none: list[str] = []
+    for dataset in file.datasets:
+        if dataset.dtype is None or dataset.shape is None:
+            none.append(dataset.name)
+            continue
+        role: Role = "state" if is_trainer and not _TRAINER_WEIGHT.match(dataset.name) else "weight"
+        tensors.append(Tensor(dataset.name, dataset.dtype, dataset.shape, partial(file.load, dataset), role))
     attributes = {"trainer": "1"} if is_trainer else {}
-    none = [d.name for d in file.datasets if d.dtype is None]
-    bare = _bare_groups(file)
+    bare = file.bare_groups()
     if none or bare:
         extras = {"none": none, "groups": bare, "trainer": is_trainer}
         attributes[_EXTRAS] = json.dumps(extras, ensure_ascii=False)
     return Model(tuple(tensors), Source(NAME, path, file.size_bytes), attributes)
 
 
-def _tensor(file: _hdf5.File, dataset: _hdf5.Dataset, is_trainer: bool) -> Tensor:
-    role: Role = "state" if is_trainer and not _TRAINER_WEIGHT.match(dataset.name) else "weight"
-    assert_dtype, assert_shape = dataset.dtype, dataset.shape
-    return Tensor(dataset.name, assert_dtype, assert_shape, lambda: file.load(dataset), role)
-
-
-def _bare_groups(file: _hdf5.File) -> list[str]:
-    """Groups with nothing in them, which no dataset's path brings back."""
-    above = {name.rpartition("/")[0] for name in (*file.groups, *(d.name for d in file.datasets))}
-    return [name for name in file.groups if name not in above]
-
-
 def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> dict[str, int]:
-    """An HDF5 file that `chainer.serializers.load_hdf5` takes; deflated like `save_hdf5` does, whatever the level.
+    """An HDF5 file that `chainer.serializers.load_hdf5` takes; deflated as `save_hdf5` does it, whatever the level.
 
     Raises:
-        BadInput: two names that HDF5 cannot hold together, such as `a` and `a/b`.
+        BadInput: names that HDF5 cannot hold together, such as the tensors `a` and `a/b`.
     """
-    none, groups = _extras(model)
-    with _hdf5.writing(path) as out:
+    none, groups, from_trainer = _extras(model)
+    with _hdf5_write.writing(path) as out:
         names = []
         for entry in entries:
             out.put(entry.name, np.asarray(plain_values(entry)), entry.name, pack=True)
             names.append(entry.name)
-        rename = _rename(model, names)
-        for name in filter(None, map(rename, none)):
-            out.put_empty(name)
-        for name in filter(None, map(rename, groups)):
+        if from_trainer and "trainer" not in model.attributes and not any(map(_TRAINER_WEIGHT.match, names)):
+            # The training state was dropped and the weights renamed; what is neither goes the same way.
+            none, groups = _of_the_model(none), _of_the_model(groups)
+        for name in none:
+            out.put_none(name)
+        for name in groups:
             out.group(name)
-        return out.stored
+    return out.stored
+
+
+def _of_the_model(names: list[str]) -> list[str]:
+    return [_TRAINER_WEIGHT.sub("", name) for name in names if _TRAINER_WEIGHT.match(name)]
+
+
+def _extras(model: Model) -> tuple[list[str], list[str], bool]:
+    text = model.attributes.get(_EXTRAS)
+    if text is None or model.source.format != NAME:
+        return [], [], False
+    try:
+        extras = json.loads(text)
+        none, groups, from_trainer = extras["none"], extras["groups"], extras["trainer"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        none = groups = from_trainer = None
+    for names in (none, groups):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise BadInput(f"its attribute {_EXTRAS} is not valid", file=model.source.path)
+    return none, groups, from_trainer is True
