@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "tests" / "requirements.txt"
+BUILD_LOCK = ROOT / "tests" / "build-requirements.txt"
 VENV = ROOT / ".venv"
 OTHER_VENV = ROOT / ".venv-other"
 NPM = ROOT / "tests"
@@ -101,7 +102,7 @@ def call(*command: str | Path, cwd: Path = ROOT) -> None:
 
 
 def main_venv() -> None:
-    key = digest([LOCK, ROOT / "pyproject.toml"], str(ROOT), sys.version)
+    key = digest([LOCK, BUILD_LOCK, ROOT / "pyproject.toml"], str(ROOT), sys.version)
     python = VENV / "bin" / "python"
     bootstrap = VENV / "bootstrap.txt"
 
@@ -115,7 +116,7 @@ def main_venv() -> None:
         # A requirements file, because only there does pip check hashes.
         bootstrap.write_text(locked("uv", LOCK.read_text()))
         call(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", bootstrap)
-        call(python, "-m", "uv", "pip", "sync", "--quiet", *into(VENV), "--only-binary", ":all:", LOCK)
+        call(python, "-m", "uv", "pip", "sync", "--quiet", *into(VENV), "--build-constraints", BUILD_LOCK, LOCK)
         install_shrink(VENV)
 
     try:
