@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,11 @@ def webdnn_encoder() -> tuple[Callable[[F32], bytes], Callable[[F32], object]]:
     for name in ("Collection", "Iterable", "Sequence"):
         if not hasattr(collections, name):
             setattr(collections, name, getattr(collections.abc, name))
-    from webdnn.backend.code_generator.allocator import Allocation
-    from webdnn.encoder import constant_encoder_eightbit as module
+    with warnings.catch_warnings():
+        # Its source has escape sequences that a newer Python warns of when it first compiles them.
+        warnings.simplefilter("ignore")
+        from webdnn.backend.code_generator.allocator import Allocation
+        from webdnn.encoder import constant_encoder_eightbit as module
 
     encoder = module.ConstantEncoderEightbit()
 
