@@ -40,7 +40,7 @@ def _to_half(flat: NDArray[np.float32]) -> NDArray[np.float16] | None:
     The processor is the limit here, not memory, and NumPy lets go of the interpreter meanwhile: use all cores.
     """
     half = np.empty(flat.size, "<f2")
-    workers = min(os.cpu_count() or 1, flat.size // _LEAST_PIECE + 1)
+    workers = min(_cores(), flat.size // _LEAST_PIECE + 1)
     edges = [flat.size * i // workers for i in range(workers + 1)]
 
     def fits(piece: slice) -> bool:
@@ -52,6 +52,11 @@ def _to_half(flat: NDArray[np.float32]) -> NDArray[np.float16] | None:
         return half if fits(slice(None)) else None
     with ThreadPoolExecutor(workers) as pool:
         return half if all(pool.map(fits, map(slice, edges[:-1], edges[1:]))) else None
+
+
+def _cores() -> int:
+    """The cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 MODES = {"float16": Float16()}
