@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shrink import formats, inspection, pipeline, recipe
-from shrink.errors import ShrinkError
+from shrink.errors import ShrinkError, UsageError
 from shrink.inspection import Compared, Facts
 from shrink.model import Model, Quantized, Source, Tensor
 from shrink.pipeline import Change, Difference
@@ -91,7 +91,11 @@ def save(model: Model, path: str | PathLike[str], *, level: int | None = 3) -> N
         UsageError: the format cannot hold what the model has.
         OutputError: writing failed; nothing is left behind.
     """
-    formats.for_output(Path(path), model.source.format).write(model, model.tensors, Path(path), level)
+    target = formats.for_output(Path(path), model.source.format)
+    for tensor in model.tensors:
+        if pipeline.stored_as(tensor) not in target.HOLDS:
+            raise UsageError(f"{target.NAME} cannot hold it as {pipeline.stored_as(tensor)}", tensor=tensor.name)
+    target.write(model, model.tensors, Path(path), level)
 
 
 def inspect(model: Model) -> list[Facts]:

@@ -5,28 +5,28 @@ stdout carries the result, a table or JSON; stderr carries progress, warnings an
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from tabulate import tabulate
 
-from shrink import __version__, formats, inspection, pipeline
+from shrink import __version__, cli_export, formats, inspection, pipeline
 from shrink import recipe as recipes
 from shrink.errors import OutputError, ShrinkError, UsageError, printable
-from shrink.files import atomic_file
+from shrink.files import io_errors
 from shrink.model import Model
 from shrink.pipeline import Change, Difference
 from shrink.progress import Progress
 from shrink.quantizers import modes
+from shrink.terminal import bar, emit, in_words, size_on_disk
 
 __all__ = ["main"]
 
@@ -35,13 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command, with `sys.argv` where no arguments are given, and exit with its code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us, as `>&-` does
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        # An orderly end removes what is half written; only the main thread of a program may ask for it.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, _stopped)
     try:
-        command(arguments, prog_name="shrink", standalone_mode=False)
-        code = 0
-    except click.exceptions.Exit as exit_request:
-        code = exit_request.exit_code
+        # Without standalone mode an exit that a command asks for is what it returns.
+        code = int(command(arguments, prog_name="shrink", standalone_mode=False) or 0)
     except (click.Abort, KeyboardInterrupt):
         code = _fail("interrupted", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else error.format_message(), err=True)
+        code = 2
     except click.UsageError as error:
         where = f" (try: {error.ctx.command_path} --help)" if error.ctx else ""
         code = _fail(error.format_message() + where, 2)
@@ -58,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             traceback.print_exc()
         code = _fail(f"{type(error).__name__}: {error} (this is a bug; --debug shows where)", 1)
     sys.exit(code)
+
+
+def _stopped(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _fail(message: str, code: int) -> int:
@@ -94,8 +106,9 @@ _no_compress = click.option("--no-compress", is_flag=True, help="Leave lossless 
 @_model
 @_json
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result here instead of stdout.")
+@_force
 @_debug
-def inspect(model: Path, as_json: bool, output: Path | None) -> None:
+def inspect(model: Path, as_json: bool, output: Path | None, force: bool) -> None:
     """Show the tensors of MODEL: shape, bytes, share, range, sparsity, entropy.
 
     Entropy is in bits per weight at 8-bit precision: how far a coder could get without loss.
@@ -105,8 +118,9 @@ def inspect(model: Path, as_json: bool, output: Path | None) -> None:
       shrink inspect gen.npz
       shrink inspect site/model/ --json | jq .total_bytes
     """
+    _check_output(output, [model], force)
     loaded = formats.sniff(model).read(model)
-    with _bar("reading") as progress:
+    with bar("reading") as progress:
         facts = list(inspection.inspect(loaded, progress))
     value_bytes = sum(t.size_bytes for t in loaded.tensors)
     state_bytes = sum(f.stored_bytes for f in facts if f.role == "state")
@@ -136,15 +150,15 @@ def inspect(model: Path, as_json: bool, output: Path | None) -> None:
     ]
     headers = ["tensor", "shape", "type", "bytes", "share", "min", "max", "zeros", "bits", "note"]
     lines = [
-        f"{result['weights']:,} weights in {len(facts)} tensors, {_bytes(value_bytes)}; "
-        f"the file is {_bytes(loaded.source.size_bytes)} ({loaded.source.format})."
+        f"{result['weights']:,} weights in {len(facts)} tensors, {in_words(value_bytes)}; "
+        f"the file is {in_words(loaded.source.size_bytes)} ({loaded.source.format})."
     ]
     if state_bytes:
         lines.append(
-            f"{_bytes(state_bytes)} of it ({state_bytes / max(value_bytes, 1):.0%}) is training state that a browser "
+            f"{in_words(state_bytes)} of it ({state_bytes / max(value_bytes, 1):.0%}) is training state that a browser "
             "does not need: quantize drops it."
         )
-    _emit(result, headers, rows, lines, as_json, output)
+    emit(result, headers, rows, lines, as_json, output)
 
 
 @command.command()
@@ -205,11 +219,11 @@ def quantize(
         raise UsageError(
             f"{target.NAME} cannot hold {sorted(missing)[0]} weights", hint="write a .safetensors file instead"
         )
-    _check_output(target_path, target, model, force)
+    _check_output(target_path, [model], force, folder=not target.SUFFIX)
     reduced = loaded if keep_all else pipeline.drop_state(loaded)
     decisions = pipeline.decided(reduced, recipe, to_webdnn=target.NAME == "webdnn")
     changes: list[Change] = []
-    with _bar("quantizing") as progress:
+    with bar("quantizing") as progress:
         entries = pipeline.quantized(reduced, decisions, progress, changes.append)
         stored = target.write(reduced, entries, target_path, None if no_compress else level)
     dropped = [t for t in loaded.tensors if t.role == "state"] if not keep_all else []
@@ -225,7 +239,7 @@ def _report_quantized(
     dropped_bytes: int,
     as_json: bool,
 ) -> None:
-    output_bytes = _size_on_disk(output)
+    output_bytes = size_on_disk(output)
     quantized = [c for c in changes if c.difference is not None]
     total = _total(quantized)
     result: dict[str, Any] = {
@@ -264,16 +278,21 @@ def _report_quantized(
         for c in changes
     ]
     headers = ["tensor", "shape", "became", "bytes", "now", "%", "max |error|", "RMSE", "SQNR dB", "note"]
+    shares = [
+        f"{output_bytes / whole:.1%} of {what}"
+        for what, whole in (("the file", loaded.source.size_bytes), ("its values", result["float_bytes"]))
+        if whole
+    ]
     lines = [
-        f"{_bytes(loaded.source.size_bytes)} -> {_bytes(output_bytes)} "
-        f"({output_bytes / max(loaded.source.size_bytes, 1):.1%} of the file, "
-        f"{output_bytes / max(result['float_bytes'], 1):.1%} of its values)"
+        f"{in_words(loaded.source.size_bytes)} -> {in_words(output_bytes)} ({', '.join(shares)})"
         + (f", SQNR {total.sqnr_db:.2f} dB" if total else "")
     ]
     if dropped_bytes:
-        lines.append(f"Dropped {_bytes(dropped_bytes)} of training state (--keep-all keeps it).")
+        lines.append(f"Dropped {in_words(dropped_bytes)} of training state (--keep-all keeps it).")
     lines.append(f"Written: {printable(output)}")
-    _emit(result, headers, rows, lines, as_json, None)
+    if output_bytes > loaded.source.size_bytes:
+        click.echo("shrink: warning: the result is larger than what it was made from", err=True)
+    emit(result, headers, rows, lines, as_json, None)
 
 
 @command.command()
@@ -292,25 +311,24 @@ def restore(model: Path, output: Path | None, force: bool, as_json: bool) -> Non
       shrink restore gen.eightbit.safetensors -o back.npz
     """
     loaded = formats.sniff(model).read(model)
-    own = formats.by_name(loaded.source.format)
-    target_path = output or model.with_name(f"{_stem(model)}.restored{own.SUFFIX}")
+    target_path = output or _beside(model, "restored", formats.by_name(loaded.source.format).SUFFIX)
     target = formats.for_output(target_path, loaded.source.format)
-    _check_output(target_path, target, model, force)
-    with _bar("restoring") as progress:
+    _check_output(target_path, [model], force, folder=not target.SUFFIX)
+    with bar("restoring") as progress:
         plain = dataclasses.replace(loaded, tensors=tuple(pipeline.restored(loaded)))
         target.write(plain, _watched(plain, progress), target_path, None)
     result: dict[str, Any] = {
         "input": str(model),
         "output": str(target_path),
         "input_bytes": loaded.source.size_bytes,
-        "output_bytes": _size_on_disk(target_path),
+        "output_bytes": size_on_disk(target_path),
         "tensors": len(plain.tensors),
     }
     lines = [
-        f"{_bytes(loaded.source.size_bytes)} -> {_bytes(_size_on_disk(target_path))}, {len(plain.tensors)} tensors.",
+        f"{in_words(loaded.source.size_bytes)} -> {in_words(size_on_disk(target_path))}, {len(plain.tensors)} tensors.",
         f"Written: {printable(target_path)}",
     ]
-    _emit(result, [], [], lines, as_json, None)
+    emit(result, [], [], lines, as_json, None)
 
 
 @command.command()
@@ -318,16 +336,18 @@ def restore(model: Path, output: Path | None, force: bool, as_json: bool) -> Non
 @click.argument("other", type=click.Path(path_type=Path))
 @_json
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result here instead of stdout.")
+@_force
 @_debug
-def compare(original: Path, other: Path, as_json: bool, output: Path | None) -> None:
+def compare(original: Path, other: Path, as_json: bool, output: Path | None, force: bool) -> None:
     """Show how far the weights of OTHER are from those of ORIGINAL, tensor by tensor, worst first.
 
     \b
     Example:
       shrink compare gen.npz gen.eightbit.safetensors
     """
+    _check_output(output, [original, other], force)
     first, second = (formats.sniff(path).read(path) for path in (original, other))
-    with _bar("comparing") as progress:
+    with bar("comparing") as progress:
         compared = inspection.compare(first, second, progress)
     result: dict[str, Any] = {
         "original": str(original),
@@ -349,31 +369,20 @@ def compare(original: Path, other: Path, as_json: bool, output: Path | None) -> 
         [printable(row.name), _shape(row.shape), *_difference_cells(row.difference), row.problem] for row in compared
     ]
     different = sum(bool(row.problem) for row in compared)
-    total = _total([row for row in compared if row.difference])
+    total = _total([row for row in compared if row.difference and row.is_float])
     lines = [
-        f"{_bytes(first.source.size_bytes)} and {_bytes(second.source.size_bytes)}"
+        f"{in_words(first.source.size_bytes)} and {in_words(second.source.size_bytes)}"
         + (f", overall SQNR {total.sqnr_db:.2f} dB, max |error| {total.max_error:.3g}" if total else "")
         + (f"; {different} tensors cannot be compared" if different else "")
     ]
-    _emit(result, headers, rows, lines, as_json, output)
+    emit(result, headers, rows, lines, as_json, output)
+
+
+command.add_command(cli_export.export)
+command.add_command(cli_export.serve)
 
 
 # ---- pieces that the commands share
-
-
-@contextlib.contextmanager
-def _bar(label: str) -> Iterator[Progress]:
-    """A progress bar on stderr with an estimate; nothing where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda name, done, total: None
-        return
-    with click.progressbar(length=1, label=label, file=sys.stderr, item_show_func=lambda item: item) as bar:
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.length = max(total, 1)
-            bar.update(done - bar.pos, printable(name)[:40])
-
-        yield show
 
 
 def _watched(model: Model, progress: Progress) -> Iterator[Any]:
@@ -386,12 +395,15 @@ def _watched(model: Model, progress: Progress) -> Iterator[Any]:
     progress("", total, total)
 
 
-def _stem(model: Path) -> str:
-    name = model.resolve().name
-    for suffix in (".safetensors.index.json", model.suffix):
-        if suffix and name.endswith(suffix):
-            return name[: -len(suffix)]
-    return name
+def _beside(model: Path, word: str, suffix: str) -> Path:
+    """`<stem>.<word><suffix>` in the model's folder, and beside a folder such as `.` that does not say its name."""
+    path = model if model.name not in ("", "..") else Path(os.path.abspath(model))
+    stem = path.name
+    for ending in (".safetensors.index.json", path.suffix if not path.is_dir() else ""):
+        if ending and stem.endswith(ending):
+            stem = stem[: -len(ending)]
+            break
+    return path.with_name(f"{stem}.{word}{suffix}")
 
 
 def _default_output(model: Path, source: str, mode: str, stores: frozenset[str]) -> Path:
@@ -399,22 +411,21 @@ def _default_output(model: Path, source: str, mode: str, stores: frozenset[str])
     own = formats.by_name(source)
     stays = own.NAME in ("webdnn", "onnx") and stores <= own.HOLDS and model.suffix.lower() == own.SUFFIX
     suffix = own.SUFFIX if stays else ".safetensors"
-    return model.resolve().with_name(f"{_stem(model)}.{mode.replace(',', '-').replace(' ', '')}{suffix}")
+    return _beside(model, mode.replace(",", "-").replace(" ", ""), suffix)
 
 
-def _check_output(output: Path, target: formats.Format, model: Path, force: bool) -> None:
-    if output.exists() and output.resolve() == model.resolve():
-        raise UsageError("that is the model itself", file=output, hint="choose another -o")
-    if output.exists() and not force:
-        raise UsageError("exists already", file=output, hint="--force replaces it")
-    if output.exists() and output.is_dir() != (target.SUFFIX == ""):
-        raise UsageError("is a folder" if output.is_dir() else "is not a folder", file=output)
-    if not output.resolve().parent.is_dir():
-        raise OutputError("its folder does not exist", file=output)
-
-
-def _size_on_disk(path: Path) -> int:
-    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+def _check_output(output: Path | None, models: Sequence[Path], force: bool, *, folder: bool = False) -> None:
+    if output is None:
+        return
+    with io_errors(output):
+        if output.exists() and any(output.resolve() == model.resolve() for model in models):
+            raise UsageError("that is the model itself", file=output, hint="choose another -o")
+        if output.exists() and not force:
+            raise UsageError("exists already", file=output, hint="--force replaces it")
+        if output.exists() and output.is_dir() != folder:
+            raise UsageError("is a folder" if output.is_dir() else "is not a folder", file=output)
+        if not output.resolve().parent.is_dir():
+            raise OutputError("its folder does not exist", file=output)
 
 
 def _total(rows: Sequence[Any]) -> Difference | None:
@@ -451,36 +462,3 @@ def _number(value: float | None) -> str:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "()"
-
-
-def _bytes(count: int) -> str:
-    return f"{count:,} bytes" if count < 100_000 else f"{count / 1e6:,.2f} MB"
-
-
-def _emit(
-    result: Mapping[str, Any],
-    headers: list[str],
-    rows: list[list[str]],
-    lines: list[str],
-    as_json: bool,
-    output: Path | None,
-) -> None:
-    if as_json:
-        text = json.dumps(result, ensure_ascii=False, indent=2, allow_nan=False)
-    else:
-        align = ["right" if h in _NUMBERS else "left" for h in headers]
-        table = [tabulate(rows, headers, colalign=align, disable_numparse=True), ""] if rows else []
-        text = "\n".join([*table, *lines])
-    if output is None:
-        try:
-            click.echo(text)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader of a pipe went away, as `head` does: no error of ours. What is left to say has nowhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    else:
-        with atomic_file(output) as file:
-            file.write((text + "\n").encode())
-
-
-_NUMBERS = frozenset({"bytes", "share", "min", "max", "zeros", "bits", "now", "%", "max |error|", "RMSE", "SQNR dB"})

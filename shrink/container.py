@@ -17,7 +17,7 @@ tensor; under the key `shrink` the header's `__metadata__` holds JSON:
 from __future__ import annotations
 
 import json
-import math
+import re
 import shutil
 import tempfile
 import zlib
@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from shrink.coders import pack
 from shrink.errors import BadInput, IntegrityError
 from shrink.files import atomic_file, io_errors, section
-from shrink.model import DTYPES, Entry, Quantized, Role, Tensor, check_name, dtype_code
+from shrink.model import DTYPES, Entry, Quantized, Role, Tensor, check_name, check_shape, dtype_code
 from shrink.steps import Step
 
 __all__ = ["Contents", "read", "write"]
@@ -42,6 +42,9 @@ __all__ = ["Contents", "read", "write"]
 VERSION = 1
 _KEY, _CRC_KEY = "shrink", "shrink.crc32"
 _ATTRIBUTES, _GRAPH = "shrink.attributes", "shrink.graph"
+_RESERVED = ("__metadata__", _ATTRIBUTES, _GRAPH)
+# The name of a format: it is shown to users.
+_SOURCE = re.compile(r"[a-z0-9-]{1,32}")
 
 # What one encoded tensor costs in the header beyond its payload; packing must gain more than this.
 _HEADER_COST = 100
@@ -141,6 +144,7 @@ def _metadata(metadata: dict[str, str], path: Path) -> _Meta:
     source, state, tensors = meta.get("source"), meta.get("state"), meta.get("tensors")
     if not (
         isinstance(source, str)
+        and _SOURCE.fullmatch(source)
         and isinstance(state, list)
         and all(isinstance(name, str) for name in state)
         and isinstance(tensors, dict)
@@ -178,6 +182,7 @@ def _entry(name: str, spec: dict[str, Any], meta: _Meta, load: Callable[[], byte
             raise BadInput("it is encoded, but not stored as U8", file=path, tensor=name)
         return _encoded(name, said, end - start, load, role, path)
     shape = tuple(spec["shape"])
+    check_shape(shape, file=path, tensor=name)
     if spec["dtype"] == "BF16":
         return Tensor(name, DTYPES["F32"], shape, lambda: _widen(load()).reshape(shape), role)
     dtype = DTYPES.get(spec["dtype"])
@@ -195,10 +200,9 @@ def _encoded(
     dtype, shape, steps = said.get("dtype"), said.get("shape"), said["steps"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise wrong("names no known dtype")
-    if not isinstance(shape, list) or len(shape) > 64 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
         raise wrong("has no valid shape")
-    if math.prod(shape) >= 1 << 48:
-        raise wrong("claims more values than a file can hold")
+    check_shape(tuple(shape), file=path, tensor=name)
     if not isinstance(steps, list) or not 0 < len(steps) <= 16:
         raise wrong("has no list of steps")
     for step in steps:
@@ -258,7 +262,7 @@ def write(
             position += len(payload)
 
         for entry in entries:
-            if entry.name in (_ATTRIBUTES, _GRAPH):
+            if entry.name in _RESERVED:
                 raise BadInput("this name is reserved", file=path, tensor=entry.name)
             dtype, shape, payload, steps = _stored(entry, level)
             store(entry.name, dtype, shape, payload)

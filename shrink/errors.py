@@ -4,7 +4,6 @@
     ├── UsageError              2   the request makes no sense, whatever the file holds
     ├── BadInput                3   a file is malformed, unsupported or refused
     │   └── IntegrityError      3   a file is not the one that was written
-    ├── BoundNotMet             4   a size or quality bound could not be met
     ├── OutputError             5   reading or writing failed (missing, permission, disk full)
     └── MissingDependency       5   an optional package is not installed
 
@@ -13,16 +12,18 @@ Any other exception that reaches the command line is a bug.
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
+from collections.abc import Iterator
 
 __all__ = [
     "BadInput",
-    "BoundNotMet",
     "IntegrityError",
     "MissingDependency",
     "OutputError",
     "ShrinkError",
     "UsageError",
+    "blaming",
     "printable",
 ]
 
@@ -63,6 +64,16 @@ class ShrinkError(Exception):
         return f"{where}{which}{self.message}{what_to_do}"
 
 
+@contextlib.contextmanager
+def blaming(file: object) -> Iterator[None]:
+    """Errors that know their tensor but not their file get this one."""
+    try:
+        yield
+    except ShrinkError as error:
+        error.file = error.file or file
+        raise
+
+
 class UsageError(ShrinkError):
     exit_code = 2
 
@@ -73,10 +84,6 @@ class BadInput(ShrinkError):
 
 class IntegrityError(BadInput):
     pass
-
-
-class BoundNotMet(ShrinkError):
-    exit_code = 4
 
 
 class OutputError(ShrinkError):

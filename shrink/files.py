@@ -27,7 +27,7 @@ def io_errors(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that appears at `path` when the block ends well, and leaves no trace when it does not."""
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".shrink-{secrets.token_hex(6)}.tmp")
     try:
         with io_errors(path):
             with open(temporary, "xb") as file:
@@ -45,7 +45,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears at `path` when the block ends well. An old one there is replaced at the end."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError("is not a folder", file=path)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".shrink-{secrets.token_hex(6)}.tmp")
     old = temporary.with_suffix(".old")
     try:
         with io_errors(path):

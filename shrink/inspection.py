@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shrink.errors import BadInput
+from shrink.errors import blaming
 from shrink.model import Entry, Model, Quantized, Role
 from shrink.pipeline import Difference, difference, drop_state
 from shrink.progress import Progress, silent
@@ -47,11 +47,9 @@ def inspect(model: Model, progress: Progress = silent) -> Iterator[Facts]:
     done = 0
     for tensor in model.tensors:
         progress(tensor.name, done, total)
-        try:
-            yield _facts(tensor)
-        except BadInput as error:
-            error.file = error.file or model.source.path
-            raise
+        with blaming(model.source.path):
+            facts = _facts(tensor)
+        yield facts
         done += tensor.size_bytes
     progress("", total, total)
 
@@ -101,6 +99,7 @@ class Compared:
     shape: tuple[int, ...]
     difference: Difference | None
     problem: str = ""
+    is_float: bool = True
 
 
 def compare(original: Model, other: Model, progress: Progress = silent) -> list[Compared]:
@@ -119,9 +118,13 @@ def compare(original: Model, other: Model, progress: Progress = silent) -> list[
         elif match.shape != tensor.shape:
             rows.append(Compared(tensor.name, tensor.shape, None, f"the other's shape is {match.shape}"))
         elif tensor.size:
-            found = difference(tensor.array, match.array)
-            problem = "holds NaN or infinite values" if math.isnan(found.rmse) else ""
-            rows.append(Compared(tensor.name, tensor.shape, None if problem else found, problem))
+            with blaming(original.source.path):
+                values = tensor.array
+            with blaming(other.source.path):
+                found = difference(values, match.array)
+            problem = "holds NaN, infinite or huge values" if math.isnan(found.rmse) else ""
+            shown = None if problem else found
+            rows.append(Compared(tensor.name, tensor.shape, shown, problem, tensor.dtype.kind == "f"))
     rows += [Compared(t.name, t.shape, None, "only in the other") for t in others.values()]
     progress("", total, total)
     return sorted(rows, key=lambda row: -math.inf if row.difference is None else row.difference.sqnr_db)

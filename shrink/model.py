@@ -29,6 +29,7 @@ __all__ = [
     "Source",
     "Tensor",
     "check_name",
+    "check_shape",
     "dtype_code",
     "plain_values",
 ]
@@ -57,6 +58,17 @@ def check_name(name: str, *, file: object = None) -> None:
         raise BadInput("the name holds control characters", file=file, tensor=name)
     if ".." in re.split(r"[/\\]", name) or name[0] in "/\\":
         raise BadInput("the name climbs out of its folder", file=file, tensor=name)
+
+
+def check_shape(shape: tuple[int, ...], *, file: object = None, tensor: str | None = None) -> None:
+    """Refuse a shape that NumPy could not make an array of, before anything is computed with it.
+
+    Raises:
+        BadInput: more than 32 dimensions, a negative one, or 2⁴⁸ values and more.
+    """
+    # Empty dimensions count as 1: NumPy minds the others even where there are no values.
+    if len(shape) > 32 or any(n < 0 for n in shape) or math.prod(n or 1 for n in shape) >= 1 << 48:
+        raise BadInput("its shape is not one that an array can have", file=file, tensor=tensor)
 
 
 def dtype_code(dtype: np.dtype[Any], *, file: object = None, tensor: str | None = None) -> str:

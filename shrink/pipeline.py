@@ -7,22 +7,30 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shrink.errors import BadInput, UsageError
+from shrink.errors import BadInput, UsageError, blaming
 from shrink.model import DTYPES, Entry, Model, Quantized, Tensor
 from shrink.progress import Progress, silent
 from shrink.quantizers import Kept
 from shrink.quantizers.prune import Prune
 from shrink.recipe import Decision, Recipe, wants
 
-__all__ = ["Change", "Difference", "decided", "difference", "drop_state", "quantized", "restored"]
+__all__ = ["Change", "Difference", "decided", "difference", "drop_state", "quantized", "restored", "stored_as"]
 
 F32 = NDArray[np.float32]
 
 _TILE = 1 << 18
+# What a result is called, where that is not what it stores.
+_BECAME = {"float32": "pruned"}
+# Below this, what the description of an encoded tensor costs outweighs what coding saves. In ONNX that takes nodes
+# and a table; in WebDNN's flat layouts what is smaller is taken for a bias.
+_FEWEST_WEIGHTS = 256
+_FEWEST_WEIGHTS_IN = {"onnx": 1024, "webdnn": 1024}
 _TRAINER_MODEL = re.compile(r"^updater/model:([^/]*)/")
 
 
@@ -30,7 +38,7 @@ _TRAINER_MODEL = re.compile(r"^updater/model:([^/]*)/")
 class Difference:
     """How far values are from the original: largest |error|, root mean square of the error and of the original.
 
-    All are NaN where either holds NaN.
+    All are NaN where either holds NaN, infinity or numbers too large to square.
     """
 
     max_error: float
@@ -87,7 +95,9 @@ def decided(model: Model, recipe: Recipe, *, to_webdnn: bool = False) -> dict[st
             hint="or write a .safetensors file",
         )
     # WebDNN's layouts are flat: they say how many values a tensor has, not its shape.
-    decisions = wants(recipe, weights, flat=model.source.format == "webdnn", every=every)
+    source = model.source.format
+    fewest = _FEWEST_WEIGHTS_IN.get(source, _FEWEST_WEIGHTS)
+    decisions = wants(recipe, weights, flat=source == "webdnn", every=every, fewest=fewest)
     return _with_global_thresholds(model, decisions)
 
 
@@ -106,12 +116,8 @@ def quantized(
     done = 0
     for tensor in model.tensors:
         progress(tensor.name, done, total)
-        decision = decisions.get(tensor.name, Kept("training state"))
-        try:
-            entry, change = _quantized(tensor, decision)
-        except BadInput as error:
-            error.file = error.file or model.source.path
-            raise
+        with blaming(model.source.path):
+            entry, change = _quantized(tensor, decisions.get(tensor.name, Kept("training state", asked=True)))
         on_change(change)
         yield entry
         done += tensor.size_bytes
@@ -121,12 +127,18 @@ def quantized(
 def restored(model: Model) -> Iterator[Entry]:
     """The tensors with plain values again: what was encoded is float32, the rest as it was."""
     for entry in model.tensors:
-        yield _plain(entry) if isinstance(entry, Quantized) or entry.dtype == DTYPES["F16"] else entry
+        is_plain = isinstance(entry, Tensor) and entry.dtype != DTYPES["F16"]
+        yield entry if is_plain else _plain(entry, model.source.path)
 
 
-def _plain(entry: Entry) -> Tensor:
+def _plain(entry: Entry, path: Path) -> Tensor:
     dtype = DTYPES["F32"] if entry.dtype == DTYPES["F16"] else entry.dtype
-    return Tensor(entry.name, dtype, entry.shape, lambda: entry.array.astype(dtype, copy=False), entry.role)
+
+    def load() -> NDArray[Any]:
+        with blaming(path):
+            return entry.array.astype(dtype, copy=False)
+
+    return Tensor(entry.name, dtype, entry.shape, load, entry.role)
 
 
 def _quantized(tensor: Entry, decision: Decision) -> tuple[Entry, Change]:
@@ -136,12 +148,15 @@ def _quantized(tensor: Entry, decision: Decision) -> tuple[Entry, Change]:
         return tensor, Change(tensor.name, tensor.shape, "kept", reason, original_bytes, None)
 
     if isinstance(decision, Kept):
-        if tensor.dtype.kind == "f":
-            _finite(tensor)
+        values = tensor.array
+        # What the user keeps on purpose may hold anything; what shrink keeps by itself would spoil the result unseen.
+        if not decision.asked:
+            _refuse_nonfinite(values, tensor.name)
         return kept(decision.reason)
     stores = decision[-1].stores
-    original = _finite(tensor)
-    if _stored_as(tensor) == stores and len(decision) == 1 and stores != "float32":
+    values = tensor.array
+    original = _finite(values, tensor.name)
+    if stored_as(tensor) == stores and len(decision) == 1 and stores != "float32":
         return kept(f"is {stores} already")
     x, result, became, notes = original, None, "", []
     for quantizer in decision:
@@ -149,15 +164,16 @@ def _quantized(tensor: Entry, decision: Decision) -> tuple[Entry, Change]:
         if isinstance(outcome, Kept):
             notes.append(f"not {quantizer.stores}: {outcome.reason}")
             break
-        result, became, x = outcome, quantizer.stores, outcome.array
+        result, became, x = outcome, _BECAME.get(quantizer.stores, quantizer.stores), outcome.array
     if result is None:
         return kept(", ".join(notes))
     notes += _zero_channels(x)
-    change = Change(tensor.name, tensor.shape, became, ", ".join(notes), original_bytes, difference(original, x))
+    change = Change(tensor.name, tensor.shape, became, ", ".join(notes), original_bytes, difference(values, x))
     return dataclasses.replace(result, role=tensor.role), change
 
 
-def _stored_as(entry: Entry) -> str:
+def stored_as(entry: Entry) -> str:
+    """What a format must hold to take this tensor: "float32", "float16", "eightbit", "int8" or "int4"."""
     if entry.dtype == DTYPES["F16"]:
         return "float16"
     if isinstance(entry, Quantized):
@@ -171,23 +187,34 @@ def _stored_as(entry: Entry) -> str:
     return "float32"
 
 
-def _finite(tensor: Entry) -> F32:
+def _finite(values: NDArray[Any], name: str) -> F32:
     """The values as float32.
 
     Raises:
         BadInput: some are NaN, infinite, or beyond float32.
     """
-    values = tensor.array
-    if values.size and not (np.isfinite(values.max()) and np.isfinite(values.min())):
-        count = values.size - int(np.count_nonzero(np.isfinite(values)))
-        nan = int(np.count_nonzero(np.isnan(values)))
-        what = "NaN" if nan == count else "infinite" if nan == 0 else "NaN or infinite"
-        raise BadInput(f"{count} of {values.size} weights are {what}", tensor=tensor.name)
+    _refuse_nonfinite(values, name)
     with np.errstate(over="ignore"):
         x = np.ascontiguousarray(values, np.float32)
-    if x.dtype != values.dtype and x.size and not (np.isfinite(x.max()) and np.isfinite(x.min())):
-        raise BadInput("holds values beyond float32", tensor=tensor.name)
+    if x.dtype != values.dtype and not _all_finite(x):
+        raise BadInput("holds values beyond float32", tensor=name)
     return x
+
+
+def _refuse_nonfinite(values: NDArray[Any], name: str) -> None:
+    if _all_finite(values):
+        return
+    count = values.size - int(np.count_nonzero(np.isfinite(values)))
+    nan = int(np.count_nonzero(np.isnan(values)))
+    what = "NaN" if nan == count else "infinite" if nan == 0 else "NaN or infinite"
+    raise BadInput(f"{count} of {values.size} weights are {what}", tensor=name)
+
+
+def _all_finite(values: NDArray[Any]) -> bool:
+    if values.dtype.kind != "f" or not values.size:
+        return True
+    # NaN and infinity show in the extremes, which cost no memory.
+    return bool(np.isfinite(values.max()) and np.isfinite(values.min()))
 
 
 def _zero_channels(x: F32) -> list[str]:
@@ -197,6 +224,7 @@ def _zero_channels(x: F32) -> list[str]:
     return [f"{zero} of {len(x)} channels are all zero"] if zero else []
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def difference(original: NDArray[np.floating], other: NDArray[np.floating]) -> Difference:
     """How far `other` is from `original`, in float64, a cache-sized piece at a time."""
     a, b = original.reshape(-1), other.reshape(-1)
@@ -208,7 +236,7 @@ def difference(original: NDArray[np.floating], other: NDArray[np.floating]) -> D
         # Not BLAS, whose threads would fight over so small a piece.
         noise += float(np.einsum("i,i->", error, error))
         signal += float(np.einsum("i,i->", piece, piece))
-    if math.isnan(noise):
+    if not (math.isfinite(noise) and math.isfinite(signal)):
         return Difference(math.nan, math.nan, math.nan)
     count = max(a.size, 1)
     return Difference(largest, math.sqrt(noise / count), math.sqrt(signal / count))
@@ -218,39 +246,54 @@ def _with_global_thresholds(model: Model, decisions: dict[str, Decision]) -> dic
     """Prune with scope "global" needs one threshold for all the tensors it is used on: find it here."""
     groups: dict[Prune, list[str]] = {}
     for name, chain in decisions.items():
-        if isinstance(chain, tuple) and isinstance(chain[0], Prune) and chain[0].scope == "global":
+        if isinstance(chain, Kept):
+            continue
+        if any(isinstance(q, Prune) and q.scope == "global" for q in chain[1:]):
+            raise UsageError("prune with scope global looks at the original weights", hint="name it first: prune,int8")
+        if isinstance(chain[0], Prune) and chain[0].scope == "global":
             groups.setdefault(chain[0], []).append(name)
     out = dict(decisions)
     for prune, names in groups.items():
-        threshold = _magnitude_at([t for t in model.tensors if t.name in names], prune.sparsity)
-        for name in names:
+        chosen = set(names)
+        tensors = [t for t in model.tensors if t.name in chosen]
+        with blaming(model.source.path):
+            pruned = _at_threshold(tensors, prune)
+        for name, quantizer in pruned.items():
             chain = decisions[name]
             if isinstance(chain, tuple):
-                out[name] = (dataclasses.replace(prune, threshold=threshold), *chain[1:])
+                out[name] = (quantizer, *chain[1:])
     return out
 
 
-def _magnitude_at(tensors: list[Entry], share: float) -> float:
-    """The magnitude that `share` of all the weights do not exceed, exactly, in two passes over the tensors.
+def _at_threshold(tensors: list[Entry], prune: Prune) -> dict[str, Prune]:
+    """For each tensor the quantizer that does its part of setting exactly `sparsity` of all weights to 0.
 
-    Non-negative floats sort like their bit patterns: the first pass counts by the upper half of the bits, the
-    second by the lower half of those that share the upper half found.
+    Non-negative floats sort like their bit patterns: a first pass counts by the upper half of the bits, a second by
+    the lower half of those that share the upper half found. Of equal magnitudes the first ones go, in tensor order.
     """
-    wanted = round(share * sum(t.size for t in tensors))
+    wanted = round(prune.sparsity * sum(t.size for t in tensors))
     if wanted == 0:
-        return -1.0
+        return {t.name: dataclasses.replace(prune, threshold=0.0) for t in tensors}
 
     def bits(tensor: Entry) -> NDArray[np.uint32]:
-        return np.abs(_finite(tensor)).reshape(-1).view(np.uint32)
+        return np.abs(_finite(tensor.array, tensor.name)).reshape(-1).view(np.uint32)
 
     upper = np.zeros(1 << 16, np.int64)
     for tensor in tensors:
         upper += np.bincount(bits(tensor) >> 16, minlength=1 << 16)
     high = int(np.searchsorted(np.cumsum(upper), wanted))
-    rest = wanted - int(upper[:high].sum())
+    below = int(upper[:high].sum())
     lower = np.zeros(1 << 16, np.int64)
     for tensor in tensors:
         pattern = bits(tensor)
         lower += np.bincount(pattern[pattern >> 16 == high] & 0xFFFF, minlength=1 << 16)
-    low = int(np.searchsorted(np.cumsum(lower), rest))
-    return float(np.uint32(high << 16 | low).view(np.float32))
+    sums = np.cumsum(lower)
+    low = int(np.searchsorted(sums, wanted - below))
+    left = wanted - below - (int(sums[low - 1]) if low else 0)
+    limit = np.uint32(high << 16 | low)
+    out = {}
+    for tensor in tensors:
+        here = min(left, int(np.count_nonzero(bits(tensor) == limit))) if left else 0
+        out[tensor.name] = dataclasses.replace(prune, threshold=float(limit.view(np.float32)), at_threshold=here)
+        left -= here
+    return out

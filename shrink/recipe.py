@@ -16,7 +16,6 @@ A recipe file says the same as the flags, per tensor:
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Any
 from shrink.errors import BadInput, UsageError, printable
 from shrink.files import read_all
 from shrink.model import Entry
-from shrink.quantizers import Kept, Quantizer, by_mode
+from shrink.quantizers import Kept, Quantizer, by_mode, parameters_of
 
 __all__ = ["Decision", "Recipe", "Rule", "from_flags", "read", "wants"]
 
@@ -36,11 +35,6 @@ Decision = tuple[Quantizer, ...] | Kept
 
 KEEP = "keep"
 _RECIPE_AT_MOST = 1_000_000
-
-# Below this, what the description of an encoded tensor costs outweighs what coding saves.
-_FEWEST_WEIGHTS = 256
-# Without a shape, what is smaller than this is taken for a bias.
-_FEWEST_WEIGHTS_OF_A_FLAT_TENSOR = 1024
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,9 @@ def from_flags(
     Raises:
         UsageError: nothing to do, an unknown mode, or a parameter that no mode takes.
     """
-    include, exclude = tuple(include), tuple(exclude)
+    include, exclude = _globs(include), _globs(exclude)
+    if parameters and mode is None:
+        raise UsageError(f"{sorted(parameters)[0]} belongs to a mode", hint="add --mode, or say it in the recipe")
     chain = _chain(mode, parameters) if mode is not None else (recipe.default if recipe else None)
     if chain is None and not (recipe and recipe.rules):
         raise UsageError("nothing says how to quantize", hint="give --mode or --recipe")
@@ -92,6 +88,10 @@ def from_flags(
             raise UsageError("--include says which tensors, but not how", hint="add --mode")
         rules += [Rule((glob,), chain, f"--include {glob}") for glob in include]
     return Recipe(tuple(rules), None if include else chain)
+
+
+def _globs(globs: Iterable[str]) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
 def read(path: Path) -> Recipe:
@@ -111,12 +111,12 @@ def read(path: Path) -> Recipe:
     try:
         default = data.pop("mode", None)
         tables = data.pop("rule", [])
-        if data:
+        if data and default is None:
             raise UsageError(f"unknown key {sorted(data)[0]!r}", hint="a recipe has mode and [[rule]]")
         if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
             raise UsageError("rule is not a list of tables", hint="write [[rule]]")
         rules = tuple(_rule(number, dict(table)) for number, table in enumerate(tables, 1))
-        return Recipe(rules, None if default is None else _chain(default, {}))
+        return Recipe(rules, None if default is None else _chain(default, data))
     except UsageError as error:
         raise BadInput(error.message, file=path, hint=error.hint) from None
 
@@ -140,7 +140,7 @@ def _chain(mode: Any, parameters: Mapping[str, Any]) -> tuple[Quantizer, ...]:
         return ()
     names = [name.strip() for name in mode.split(",")]
     plain = [by_mode(name) for name in names]
-    known = [{f.name for f in dataclasses.fields(q)} for q in plain]  # type: ignore[arg-type]
+    known = [parameters_of(q) for q in plain]
     for key in parameters:
         if not any(key in fields for fields in known):
             raise UsageError(f"mode {mode!r} has no parameter {key!r}")
@@ -150,11 +150,11 @@ def _chain(mode: Any, parameters: Mapping[str, Any]) -> tuple[Quantizer, ...]:
     )
 
 
-def wants(recipe: Recipe, tensors: Iterable[Entry], *, flat: bool, every: bool) -> dict[str, Decision]:
+def wants(recipe: Recipe, tensors: Iterable[Entry], *, flat: bool, every: bool, fewest: int) -> dict[str, Decision]:
     """What happens to each tensor: its quantizers, or why it is kept.
 
     `flat`: the format knows no shapes, so size alone tells a weight from a bias. `every`: the output can hold
-    coded tensors only, so all of them are coded.
+    coded tensors only, so all of them are coded. Where no rule says more, tensors of `fewest` weights are coded.
 
     Raises:
         UsageError: two rules disagree about a tensor, or a rule fits none.
@@ -175,11 +175,11 @@ def wants(recipe: Recipe, tensors: Iterable[Entry], *, flat: bool, every: bool) 
         elif not tensor.size:
             decisions[tensor.name] = Kept("empty")
         elif fitting:
-            decisions[tensor.name] = fitting[0].quantizers or Kept(f"by {fitting[0].said_by}")
-        elif recipe.default is None:
-            decisions[tensor.name] = Kept("no rule names it")
+            decisions[tensor.name] = fitting[0].quantizers or Kept(f"by {fitting[0].said_by}", asked=True)
+        elif not recipe.default:
+            decisions[tensor.name] = Kept("no rule names it", asked=True)
         else:
-            decisions[tensor.name] = _default(tensor, recipe.default, flat, every)
+            decisions[tensor.name] = _default(tensor, recipe.default, flat, every, fewest)
     if unused:
         raise UsageError(
             f"{sorted(unused)[0]} fits no tensor", hint="`shrink inspect` lists the names; * matches / too"
@@ -187,11 +187,10 @@ def wants(recipe: Recipe, tensors: Iterable[Entry], *, flat: bool, every: bool) 
     return decisions
 
 
-def _default(tensor: Entry, chain: tuple[Quantizer, ...], flat: bool, every: bool) -> Decision:
-    few = _FEWEST_WEIGHTS_OF_A_FLAT_TENSOR if flat else _FEWEST_WEIGHTS
+def _default(tensor: Entry, chain: tuple[Quantizer, ...], flat: bool, every: bool, fewest: int) -> Decision:
     if not flat and sum(n > 1 for n in tensor.shape) < 2:
         reason = "one number per channel (a bias or batch-norm value)" if tensor.size > 1 else "a single number"
-    elif tensor.size < few:
+    elif tensor.size < fewest:
         reason = f"only {tensor.size} values"
     else:
         return chain

@@ -53,9 +53,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 # A tensor larger than this is believed only when enough bytes stand behind it.
-_BELIEVED_BYTES = 1 << 30
+_BELIEVED_BYTES = 1 << 26
 _BELIEVED_RATIO = 4096
 _WIDEST_ITEM = 1 << 24
+_LARGEST_NUMBER = 1e300
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def decode(payload: bytes, steps: Sequence[Step], shape: tuple[int, ...], dtype:
     values = _VALUE_STEPS[step.name](data, _Params(step, name), shape, name)
     if values.size != count:
         raise BadInput(f"{step.name} gives {values.size} values where {count} belong", tensor=name)
-    return np.ascontiguousarray(values.astype(dtype, copy=False)).reshape(shape)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.ascontiguousarray(values.astype(dtype, copy=False)).reshape(shape)
 
 
 def decode_bytes(payload: bytes, steps: Sequence[Step], nbytes: int, name: str) -> Bytes:
@@ -129,6 +131,11 @@ def decode_bytes(payload: bytes, steps: Sequence[Step], nbytes: int, name: str) 
             )
         data = function(data, _Params(step, name), most, name)
     return data
+
+
+def _is_finite(value: Any) -> bool:
+    # JSON's whole numbers have no limit: some do not fit a float.
+    return type(value) in (int, float) and abs(value) <= _LARGEST_NUMBER
 
 
 class _Params:
@@ -162,7 +169,7 @@ class _Params:
 
     def number(self, key: str) -> float:
         value = self.left.pop(key, None)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not _is_finite(value):
             raise self.bad(f"{key} is not a finite number")
         return float(value)
 
@@ -251,11 +258,7 @@ def _codebook(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -
     params.done()
     if isinstance(table, str) and table in TABLES:
         values = TABLES[table]
-    elif (
-        isinstance(table, list)
-        and 0 < len(table) <= 256
-        and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in table)
-    ):
+    elif isinstance(table, list) and 0 < len(table) <= 256 and all(map(_is_finite, table)):
         values = np.array(table, np.float64)
     else:
         raise params.bad("table is neither a known name nor a list of 1 to 256 finite numbers")
@@ -311,12 +314,11 @@ def _affine(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> 
         codes = (nibbles[:count] ^ 8) - np.uint8(8)
     span = np.full(blocks, block or per_row, np.intp)
     span[-1:] = per_row - (blocks - 1) * (block or per_row)
-    which = np.repeat(np.arange(blocks), span)
     offsets = codes.view(np.int8).reshape(rows, per_row).astype(np.float32)
     if has_zero:
-        offsets -= zeros.reshape(rows, blocks)[:, which]
+        offsets -= np.repeat(zeros.reshape(rows, blocks), span, axis=1)
     with np.errstate(over="ignore"):
-        offsets *= scales.reshape(rows, blocks)[:, which]
+        offsets *= np.repeat(scales.reshape(rows, blocks), span, axis=1)
     if not np.isfinite(offsets).all():
         raise params.bad("a scale is too large for float32")
     if axis is None:

@@ -63,6 +63,8 @@ def sniff(path: Path) -> Format:
     with io_errors(path):
         if path.is_dir():
             head = b""
+        elif path.exists() and not path.is_file():
+            raise BadInput("neither a file nor a folder", file=path)
         else:
             with open(path, "rb") as file:
                 head = file.read(512)

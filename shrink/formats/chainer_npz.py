@@ -7,6 +7,8 @@ weight there has the role `state`.
 from __future__ import annotations
 
 import re
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -19,13 +21,12 @@ from numpy.typing import NDArray
 
 from shrink.errors import BadInput
 from shrink.files import atomic_file, file_size, io_errors
-from shrink.model import Entry, Model, Role, Source, Tensor, check_name, dtype_code, plain_values
+from shrink.model import Entry, Model, Role, Source, Tensor, check_name, check_shape, dtype_code, plain_values
 
 NAME = "chainer-npz"
 SUFFIX = ".npz"
 HOLDS = frozenset({"float32", "float16"})
 
-_TRAINER = re.compile(r"^(updater|extensions|stop_trigger|_snapshot|_elapsed)")
 _TRAINER_WEIGHT = re.compile(r"^updater/model:[^/]*/")
 _NPY_HEADER_AT_MOST = 10_000
 # Deflate cannot do better than 1032 to 1; a member that claims more is not believed.
@@ -33,7 +34,16 @@ _DEFLATE_RATIO = 1032
 # A fixed moment in place of the clock, so that the same model gives the same bytes. The earliest a zip can hold.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    tokenize.TokenError,  # from NumPy's reading of an old header
+)
 
 
 def sniff(path: Path, head: bytes) -> bool:
@@ -46,16 +56,17 @@ def read(path: Path) -> Model:
             archive = zipfile.ZipFile(path)
         except _DAMAGE as error:
             raise BadInput(f"not a readable zip archive: {error}", file=path) from None
-        with archive:
-            members = archive.infolist()
-            names = [_tensor_name(m.filename, path) for m in members]
-            for i, name in enumerate(names):
-                check_name(name, file=path)
-                if name in names[:i]:
-                    raise BadInput("the archive holds this name twice", file=path, tensor=name)
-            is_trainer = any(_TRAINER_WEIGHT.match(n) for n in names)
-            size = file_size(path)
-            tensors = [_tensor(archive, m, n, path, is_trainer, size) for m, n in zip(members, names, strict=True)]
+        # The archive stays open as long as its tensors: opening it reads the whole directory.
+        members: dict[str, zipfile.ZipInfo] = {}
+        for member in archive.infolist():
+            name = _tensor_name(member.filename, path)
+            check_name(name, file=path)
+            if name in members:
+                raise BadInput("the archive holds this name twice", file=path, tensor=name)
+            members[name] = member
+        is_trainer = any(_TRAINER_WEIGHT.match(n) for n in members)
+        size = file_size(path)
+        tensors = [_tensor(archive, member, name, path, is_trainer, size) for name, member in members.items()]
     return Model(tuple(tensors), Source(NAME, path, size), {"trainer": "1"} if is_trainer else {})
 
 
@@ -83,6 +94,7 @@ def _tensor(
         raise bad("it holds pickled objects, which are never loaded")
     little = dtype.newbyteorder("<")
     dtype_code(little, file=path, tensor=name)
+    check_shape(shape, file=path, tensor=name)
     count = 1
     for n in shape:
         count *= n
@@ -93,7 +105,7 @@ def _tensor(
 
     def load() -> NDArray[Any]:
         try:
-            with io_errors(path), zipfile.ZipFile(path) as again, again.open(member) as file:
+            with io_errors(path), archive.open(member) as file:
                 file.read(header_bytes)
                 values = np.frombuffer(_exactly(file, count * dtype.itemsize, bad), dtype)
         except _DAMAGE as error:
@@ -110,7 +122,10 @@ def _npy_header(file: IO[bytes], bad: Callable[[str], BadInput]) -> tuple[tuple[
     version = npy.read_magic(file)
     if version not in readers:
         raise bad(f"npy version {version} is not supported")
-    shape, fortran, dtype = readers[version](file, max_header_size=_NPY_HEADER_AT_MOST)
+    with warnings.catch_warnings():
+        # Python 2 wrote shapes such as (16L, 3L), which NumPy reads, with a warning.
+        warnings.simplefilter("ignore")
+        shape, fortran, dtype = readers[version](file, max_header_size=_NPY_HEADER_AT_MOST)
     if not all(type(n) is int and n >= 0 for n in shape):
         raise bad("its shape is not valid")
     return tuple(shape), fortran, dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def _read_sharded(path: Path) -> Model:
     parts = []
     for shard in sorted(set(weight_map.values())):
         shard_path = inside(path.parent, shard, file=path)
-        if not shard_path.is_file():
+        if not os.path.isfile(shard_path):
             raise BadInput(f"its shard {printable(shard)} is missing", file=path)
         part = container.read(shard_path)
         parts.append(part)

@@ -25,16 +25,17 @@ from numpy.typing import NDArray
 from shrink.errors import UsageError
 from shrink.model import Quantized
 
-__all__ = ["Kept", "Quantizer", "by_mode", "modes"]
+__all__ = ["Kept", "Quantizer", "by_mode", "modes", "parameters_of"]
 
 F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor that stays as it is, and why."""
+    """A tensor that stays as it is, and why; `asked` where a user's rule says so."""
 
     reason: str
+    asked: bool = False
 
 
 class Quantizer(Protocol):
@@ -53,6 +54,12 @@ def modes() -> dict[str, Quantizer]:
     return found
 
 
+def parameters_of(quantizer: Quantizer) -> frozenset[str]:
+    """The parameters that a user may set: the fields without metadata that says who else sets them."""
+    fields = dataclasses.fields(quantizer)  # type: ignore[arg-type]
+    return frozenset(f.name for f in fields if "set_by" not in f.metadata)
+
+
 def by_mode(mode: str, **parameters: Any) -> Quantizer:
     """The quantizer of a mode, with some of its parameters changed.
 
@@ -62,7 +69,7 @@ def by_mode(mode: str, **parameters: Any) -> Quantizer:
     quantizer = modes().get(mode)
     if quantizer is None:
         raise UsageError(f"there is no mode {mode!r}", hint="known: " + ", ".join(sorted(modes())))
-    known = {f.name for f in dataclasses.fields(quantizer) if f.init}  # type: ignore[arg-type]
+    known = parameters_of(quantizer)
     for key in parameters:
         if key not in known:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""int8 and int4: (code − zero point) · scale, per output channel or per block, chosen for least squared error.
+"""int8 and int4: (code − zero point) · scale, per channel or per block, chosen for least squared error.
 
 For each group of weights several ranges are tried, symmetric ones around 0 and ones from the smallest to the
 largest weight, each shrunk a little to trade the clipping of outliers for finer steps; the range with the least
@@ -8,7 +8,7 @@ squared error wins, and its scale is refitted by least squares to the codes it g
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,18 +30,19 @@ _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 class Affine:
     """`bits` 4 or 8; `block` values share a scale, or all of an output channel where it is 0.
 
-    Error: within half a step of the group's range, |code| steps; beyond the range the clipped part. Per group the
-    squared error is never above that of plain symmetric rounding with scale max |w| / (2^(bits−1) − 1).
+    Error: half a step inside a group's range, the clipped part beyond it; see `bound`. With a scale per channel, the
+    squared error of a channel is never above that of plain symmetric rounding with scale max |w| / (2^(bits−1) − 1);
+    with blocks the scales are rounded to bfloat16, which costs up to 2⁻⁹ of a weight.
     """
 
-    bits: int
+    bits: int = field(metadata={"set_by": "the mode's name"})
     block: int
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"bits is 4 or 8, not {self.bits}")
-        if not isinstance(self.block, int) or self.block < 0:
-            raise ValueError(f"block is a whole number of weights, not {self.block!r}")
+        if type(self.block) is not int or not 0 <= self.block <= 1 << 30:
+            raise ValueError(f"block is a whole number of weights up to 2^30, not {self.block!r}")
 
     @property
     def stores(self) -> str:
@@ -125,13 +126,17 @@ class Affine:
 
 
 def output_axis(name: str, shape: tuple[int, ...]) -> int | None:
-    """The axis of output channels, along which weights differ most in size; None for a tensor without axes.
+    """The axis of channels, along which weights differ most in size; None for a tensor without axes.
 
-    Chainer, ONNX and PyTorch put it first; Keras, whose weights are called `kernel:0`, last.
+    The first: output channels of convolutions and dense layers in Chainer, ONNX and PyTorch, input channels of their
+    deconvolutions. The last in Keras, whose weights are called `kernel:0`; in a depthwise kernel the one before it.
     """
     if len(shape) < 2:
         return None
-    return len(shape) - 1 if "kernel" in name.rsplit("/", 1)[-1] else 0
+    leaf = name.rsplit("/", 1)[-1]
+    if "depthwise_kernel" in leaf:
+        return max(len(shape) - 2, 0)
+    return len(shape) - 1 if "kernel" in leaf else 0
 
 
 def _batches(matrix: F32, width: int) -> Iterator[tuple[slice, slice, F32, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +15,18 @@ F32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Prune:
-    """Sets the share `sparsity` of each tensor to 0, or, with a `threshold`, all weights of at most that magnitude.
+    """Sets the share `sparsity` of each tensor to 0; with scope "global", of all the tensors that it is used on.
+
+    For a global share someone must look at all tensors first, and sets `threshold`: weights below it become 0, and
+    the first `at_threshold` of those that have exactly that magnitude.
 
     Error of a value: its own magnitude where it became 0, none elsewhere.
     """
 
     sparsity: float = 0.5
     scope: str = "tensor"
-    threshold: float | None = None
+    threshold: float | None = field(default=None, metadata={"set_by": "the pipeline"})
+    at_threshold: int = field(default=0, metadata={"set_by": "the pipeline"})
 
     stores = "float32"
 
@@ -41,16 +45,17 @@ class Prune:
         return float(magnitude[self._doomed(magnitude)].max(initial=0.0))
 
     def _doomed(self, magnitude: F32) -> NDArray[np.bool_]:
-        if self.threshold is not None:
-            return np.less_equal(magnitude, self.threshold)
         count = round(self.sparsity * magnitude.size)
-        if count == 0:
+        if self.threshold is not None:
+            limit, at_limit = self.threshold, self.at_threshold
+        elif count:
+            limit = float(np.partition(magnitude, count - 1)[count - 1])
+            # Of equal magnitudes at the limit the first ones go, so that exactly the asked share does.
+            at_limit = count - int(np.count_nonzero(magnitude < limit))
+        else:
             return np.zeros(magnitude.size, bool)
-        limit = np.partition(magnitude, count - 1)[count - 1]
         doomed: NDArray[np.bool_] = np.less(magnitude, limit)
-        # Of equal magnitudes at the limit the first ones go, so that exactly the asked share does.
-        at_limit = np.flatnonzero(magnitude == limit)
-        doomed[at_limit[: count - int(np.count_nonzero(doomed))]] = True
+        doomed[np.flatnonzero(magnitude == limit)[:at_limit]] = True
         return doomed
 
 

@@ -1,0 +1,1 @@
+"""Networks as code: Chainer's classes, brought to the one graph that shrink knows, ONNX."""

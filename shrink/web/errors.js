@@ -1,0 +1,42 @@
+/**
+ * What `load` throws. `code` is one of
+ *
+ *     http         the server answered with an error, or with a web page
+ *     network      the server could not be reached, or the connection broke again and again
+ *     truncated    the file ends too early
+ *     corrupt      the bytes are not the ones that were written, or make no sense
+ *     unsupported  a newer file format, or more than this browser can hold
+ *     aborted      the caller's signal fired; `cause` is its reason
+ */
+export class LoadError extends Error {
+  constructor(code, message, { tensor, status, cause } = {}) {
+    super(tensor === undefined ? message : `tensor ${JSON.stringify(tensor.slice(0, 120))}: ${message}`, { cause });
+    this.name = "LoadError";
+    this.code = code;
+    this.status = status;
+  }
+}
+
+/** A promise that ends as `promise` does, or as soon as `signal` fires. */
+export async function unlessAborted(promise, signal) {
+  if (!signal) return promise;
+  throwIfAborted(signal);
+  let stop;
+  const aborted = new Promise((_, reject) => {
+    stop = () => reject(abortion(signal));
+    signal.addEventListener("abort", stop);
+  });
+  try {
+    return await Promise.race([promise, aborted]);
+  } finally {
+    signal.removeEventListener("abort", stop);
+  }
+}
+
+export function throwIfAborted(signal) {
+  if (signal?.aborted) throw abortion(signal);
+}
+
+function abortion(signal) {
+  return new LoadError("aborted", "loading was aborted", { cause: signal.reason });
+}

@@ -1,0 +1,179 @@
+/**
+ * The header of a safetensors file, and shrink's metadata in it, as shrink/container.py defines them. Everything is
+ * checked here, once: later code believes names, shapes, sizes and places.
+ */
+import { ARRAYS, countOf, storedWidth } from "./dtypes.js";
+import { LoadError } from "./errors.js";
+
+const ATTRIBUTES = "shrink.attributes";
+const GRAPH = "shrink.graph";
+const VERSION = 1;
+
+// The limits of the safetensors library and of shrink's own reader.
+const HEADER_AT_MOST = 100_000_000;
+const NAME_AT_MOST = 1024;
+const DIMENSIONS_AT_MOST = 64;
+const STEPS_AT_MOST = 16;
+const COUNT_BELOW = 2 ** 48;
+// A tensor larger than this is believed only when enough bytes stand behind it.
+const BELIEVED_BYTES = 2 ** 30;
+const BELIEVED_RATIO = 4096;
+
+// Names that could harm whoever prints them or makes a path of them.
+const FORBIDDEN = /[\x00-\x1f\x7f-\x9f\u2028\u2029]|\p{Surrogate}|^[/\\]|(^|[/\\])\.\.([/\\]|$)/u;
+
+/** The length of the header, from the first eight bytes of the file. */
+export function headerLength(bytes) {
+  const length = new DataView(bytes.buffer, bytes.byteOffset, 8).getBigUint64(0, true);
+  if (length < 2n || length > HEADER_AT_MOST) throw corrupt("this is not a safetensors file");
+  return Number(length);
+}
+
+/**
+ * What the file holds: its sections in file order, each with name, size (stored bytes), crc32 (or undefined) and
+ * either `blob` or dtype, shape, steps and decodedBytes. `described`: whether shrink wrote the file.
+ */
+export function parseHeader(bytes, crc32) {
+  const header = json(text(bytes), "the header");
+  const metadata = header.__metadata__ ?? {};
+  const meta = parseMetadata(metadata, crc32);
+  const entries = Object.entries(header).filter(([name]) => name !== "__metadata__");
+  const sections = entries.map(([name, spec]) => parseSection(name, spec, meta));
+  sections.sort((a, b) => a.start - b.start || a.size - b.size || (a.name < b.name ? -1 : 1));
+  let end = 0;
+  for (const { name, start, size } of sections) {
+    if (start !== end) throw corrupt("its bytes do not begin where those before it end", name);
+    end += size;
+  }
+  const names = new Set(sections.map((section) => section.name));
+  for (const name of [...meta.tensors.keys(), ...meta.state]) {
+    if (!names.has(name)) throw corrupt("the metadata describes it, but the file does not hold it", name);
+  }
+  return { sections, size: end, described: meta.described };
+}
+
+function parseMetadata(metadata, crc32) {
+  if (!isObject(metadata)) throw corrupt("the metadata is not an object");
+  const said = metadata.shrink;
+  // One of the two without the other is a damaged key.
+  if (said === undefined && metadata["shrink.crc32"] === undefined) {
+    return { described: false, tensors: new Map(), state: [] };
+  }
+  if (typeof said !== "string" || metadata["shrink.crc32"] !== hex(crc32(new TextEncoder().encode(said)))) {
+    throw corrupt("the metadata is damaged");
+  }
+  const { version, source, state, tensors } = json(said, "the metadata");
+  if (version !== VERSION) throw new LoadError("unsupported", `container version ${version} is not known`);
+  const valid =
+    typeof source === "string" &&
+    Array.isArray(state) &&
+    state.every((name) => typeof name === "string") &&
+    isObject(tensors) &&
+    Object.values(tensors).every(isObject);
+  if (!valid) throw corrupt("the metadata has parts missing or of the wrong type");
+  return { described: true, tensors: new Map(Object.entries(tensors)), state };
+}
+
+function parseSection(name, spec, meta) {
+  checkName(name);
+  const [start, end] = isObject(spec) && Array.isArray(spec.data_offsets) ? spec.data_offsets : [];
+  const size = end - start;
+  if (!isCount(start) || !isCount(end) || size < 0) throw corrupt("it has no valid place in the file", name);
+  if (!isShape(spec.shape)) throw corrupt("it has no valid shape", name);
+  if (!ARRAYS.has(spec.dtype)) {
+    throw new LoadError("unsupported", `values of type ${String(spec.dtype).slice(0, 20)}`, { tensor: name });
+  }
+  if (countOf(spec.shape) * storedWidth(spec.dtype) !== size) throw corrupt("its shape and size do not fit", name);
+  const said = meta.tensors.get(name) ?? {};
+  const section = { name, start, size, crc32: said.crc32 ?? undefined };
+  if (meta.described && (name === ATTRIBUTES || name === GRAPH)) return { ...section, blob: true };
+  if (said.steps === undefined) {
+    const { dtype, shape } = spec;
+    return { ...section, dtype, shape, steps: [["cast.1", { from: dtype }]], decodedBytes: decodedBytes(dtype, shape) };
+  }
+  if (spec.dtype !== "U8") throw corrupt("it is encoded, but not stored as U8", name);
+  return { ...section, ...parseEncoded(name, said, size) };
+}
+
+function parseEncoded(name, { dtype, shape, steps }, size) {
+  if (!ARRAYS.has(dtype) || dtype === "BF16") throw corrupt("its description names no known dtype", name);
+  if (!isShape(shape)) throw corrupt("its description has no valid shape", name);
+  const isStep = (step) =>
+    Array.isArray(step) && step.length === 2 && typeof step[0] === "string" && isObject(step[1]);
+  if (!Array.isArray(steps) || !steps.length || steps.length > STEPS_AT_MOST || !steps.every(isStep)) {
+    throw corrupt("its description has no list of steps", name);
+  }
+  const decoded = decodedBytes(dtype, shape);
+  if (decoded > BELIEVED_BYTES && decoded > BELIEVED_RATIO * size) {
+    throw corrupt(`${size} bytes claim to hold ${decoded}`, name);
+  }
+  return { dtype, shape, steps, decodedBytes: decoded };
+}
+
+function decodedBytes(dtype, shape) {
+  return countOf(shape) * ARRAYS.get(dtype).BYTES_PER_ELEMENT;
+}
+
+function checkName(name) {
+  if (!name || [...name].length > NAME_AT_MOST || FORBIDDEN.test(name)) {
+    throw corrupt("a name is empty, too long, holds control characters or climbs out of its folder", name);
+  }
+}
+
+function isShape(shape) {
+  return Array.isArray(shape) && shape.length <= DIMENSIONS_AT_MOST && shape.every(isCount) && isCount(countOf(shape));
+}
+
+function isCount(value) {
+  return Number.isInteger(value) && value >= 0 && value < COUNT_BELOW;
+}
+
+function isObject(value) {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** The attributes of the source's format: names and texts. */
+export function parseAttributes(bytes) {
+  const attributes = json(text(bytes), "attributes");
+  if (!Object.values(attributes).every((value) => typeof value === "string")) {
+    throw corrupt("attributes are not all text");
+  }
+  return attributes;
+}
+
+function text(bytes) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+  } catch {
+    throw corrupt("the header is not UTF-8");
+  }
+}
+
+function json(string, what) {
+  let value;
+  try {
+    value = JSON.parse(string);
+  } catch {
+    throw corrupt(`${what} is not valid JSON`);
+  }
+  if (!isObject(value)) throw corrupt(`${what} is not a JSON object`);
+  // Of two equal keys JSON.parse keeps one: then the text has more keys than the value.
+  let keys = 0;
+  for (const match of string.matchAll(/"(?:[^"\\]|\\.)*"\s*(:?)/g)) if (match[1]) keys += 1;
+  if (keys !== countKeys(value)) throw corrupt(`${what} says something twice`);
+  return value;
+}
+
+function countKeys(value) {
+  if (typeof value !== "object" || value === null) return 0;
+  const parts = Object.values(value);
+  return parts.reduce((sum, part) => sum + countKeys(part), Array.isArray(value) ? 0 : parts.length);
+}
+
+function hex(crc) {
+  return crc.toString(16).padStart(8, "0");
+}
+
+function corrupt(what, tensor) {
+  return new LoadError("corrupt", what, { tensor });
+}

@@ -1,0 +1,127 @@
+// Runs a network that `shrink export --to onnxruntime-web` wrote on stock ONNX Runtime Web.
+//
+// The graph is model.onnx; its weights are decoded by our loader and handed over as external data. Nothing but files
+// of the exported folder is fetched.
+
+import { Downloads } from "../downloads.js";
+import { LoadError } from "../errors.js";
+
+// More threads than this no longer help networks of a size that pages have.
+const THREADS_AT_MOST = 8;
+
+const ARRAYS = {
+  float32: Float32Array, float64: Float64Array, uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array,
+  int16: Int16Array, uint32: Uint32Array, int32: Int32Array, uint64: BigUint64Array, int64: BigInt64Array,
+  bool: Uint8Array,
+};
+
+/**
+ * Opens the network of a manifest. `base` is the URL of the folder; `onProgress({ loaded, total })` counts the bytes
+ * that the visitor downloads; `signal` aborts.
+ *
+ * The network has `backend` ("wasm" or "webgpu"), `threads`, `note` (why it is not the backend that was asked for),
+ * `timings` in milliseconds and `sizes` in bytes, by what they are of, and `run(feeds)`: typed arrays by input name
+ * in, { name: { dims, type, data } } out.
+ */
+export async function open(manifest, options = {}) {
+  const { runtime, model, weights: container } = manifest;
+  const downloads = new Downloads(manifest, [runtime.wasm, model, container], options);
+  const timings = {};
+  const timed = async (name, work) => {
+    const value = await work;
+    timings[name] = downloads.elapsed();
+    return value;
+  };
+  const [ort, wasm, graph, weights] = await downloads.all([
+    importFile(downloads.url(runtime.api)),
+    timed("Runtime downloaded after", downloads.file(runtime.wasm).then(inflated)),
+    downloads.file(model),
+    timed("Weights downloaded and decoded after", downloads.weights(container)),
+  ]);
+
+  const { providers, note } = await executionProviders(manifest.backend);
+  const threads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, THREADS_AT_MOST) : 1;
+  ort.env.wasm.wasmBinary = wasm.buffer;
+  ort.env.wasm.wasmPaths = { mjs: downloads.url(runtime.module) };
+  ort.env.wasm.numThreads = threads;
+  ort.env.logLevel = "error";
+  const start = performance.now();
+  const session = await ort.InferenceSession.create(graph, {
+    executionProviders: providers,
+    externalData: externalData(manifest.external, weights),
+  });
+  timings["Network built in"] = performance.now() - start;
+
+  return {
+    backend: providers[0],
+    threads,
+    note,
+    timings,
+    sizes: sizesOf(manifest),
+    async run(feeds) {
+      const tensors = {};
+      for (const { name, dtype, shape } of manifest.inputs) {
+        tensors[name] = new ort.Tensor(dtype, feeds[name], shape);
+      }
+      const outputs = {};
+      for (const [name, tensor] of Object.entries(await session.run(tensors))) {
+        outputs[name] = { dims: [...tensor.dims], type: tensor.type, data: tensor.data };
+      }
+      return outputs;
+    },
+    close: () => session.release(),
+  };
+}
+
+/** The typed array that an input of this type takes. */
+export function arrayFor(dtype) {
+  if (!ARRAYS[dtype]) throw new TypeError(`inputs of type ${dtype} are not supported`);
+  return ARRAYS[dtype];
+}
+
+function sizesOf({ files, runtime, model, weights, float32_bytes }) {
+  return {
+    "Weights": files[weights].bytes,
+    "… as float32": float32_bytes,
+    "Graph": files[model].bytes,
+    [`${runtime.name} ${runtime.version}`]:
+      files[runtime.api].bytes + files[runtime.module].bytes + files[runtime.wasm].bytes,
+  };
+}
+
+function externalData(external, weights) {
+  return Object.entries(external).map(([name, { location, bytes }]) => {
+    const values = weights.get(name);
+    if (values?.byteLength !== bytes) {
+      throw new LoadError("corrupt", "the weights do not fit the network", { tensor: name });
+    }
+    return { path: location, data: new Uint8Array(values.buffer, values.byteOffset, bytes) };
+  });
+}
+
+// Some hosts unpack a .gz file themselves, on the way.
+async function inflated(bytes) {
+  if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return bytes;
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  try {
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  } catch (error) {
+    throw new LoadError("corrupt", "the runtime is damaged", { cause: error });
+  }
+}
+
+async function executionProviders(backend) {
+  if (backend !== "webgpu") return { providers: ["wasm"], note: "" };
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  if (adapter) return { providers: ["webgpu", "wasm"], note: "" };
+  return { providers: ["wasm"], note: "This browser offers no WebGPU here, so the network runs on WebAssembly." };
+}
+
+async function importFile(url) {
+  try {
+    return await import(url);
+  } catch (error) {
+    const name = new URL(url).pathname.split("/").pop();
+    throw new LoadError("network", `${name}: the server does not give it as a script`, { cause: error });
+  }
+}
