@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
-import pkgutil
 import sys
+from pathlib import Path
 
-import benchmarks
+_FOLDER = Path(__file__).parent
+
+
+def suites() -> dict[str, str]:
+    """Name and first line of every module with a `main`: listing the folder is the registry.
+
+    Read, not imported: quickstart must run where nothing is installed yet.
+    """
+    found = {}
+    for path in sorted(_FOLDER.glob("[!_]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
 
 
 def main(arguments: list[str]) -> int:
-    # A suite is a module with a `main`; listing the folder is the registry.
-    suites = {
-        m.name: importlib.import_module(f"benchmarks.{m.name}")
-        for m in pkgutil.iter_modules(benchmarks.__path__)
-        if not m.name.startswith("_")
-    }
-    runnable = {name: module for name, module in suites.items() if hasattr(module, "main")}
-    if not arguments or arguments[0] not in runnable:
+    known = suites()
+    if not arguments or arguments[0] not in known:
         print("usage: python -m benchmarks NAME [arguments]\n")
-        for name, module in sorted(runnable.items()):
-            print(f"  {name:12} {(module.__doc__ or '').splitlines()[0]}")
+        for name, line in known.items():
+            print(f"  {name:12} {line}")
         return 0 if not arguments else 2
-    code: int = runnable[arguments[0]].main(arguments[1:])
+    code: int = importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
     return code
 
 

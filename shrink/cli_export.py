@@ -16,7 +16,6 @@ from shrink.export import Network, Target, all_targets, by_name
 from shrink.files import atomic_folder
 from shrink.networks import chainer
 from shrink.pipeline import Change
-from shrink.serve import Server
 from shrink.terminal import bar, emit, in_words
 
 __all__ = ["export", "serve"]
@@ -190,6 +189,8 @@ def serve(context: click.Context, folder: Path, port: int, as_json: bool) -> Non
       shrink serve site/
       shrink serve site/ --port 8000
     """
+    from shrink.serve import Server
+
     with Server(folder, port, lambda line: click.echo(printable(line), err=True)) as server:
         emit({"address": server.url}, [], [], [server.url], as_json, None)
         try:

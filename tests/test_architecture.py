@@ -23,21 +23,23 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors",),
     ("steps", "files", "progress"),
-    ("model",),
+    ("model", "serve", "terminal"),
     ("coders",),
     ("container",),
     ("formats", "quantizers"),
     ("recipe",),
     ("pipeline",),
-    ("inspection",),
-    ("networks", "split", "export"),
+    ("inspection", "networks"),
+    ("split", "export"),
+    ("site",),
     ("bench",),
     ("__init__",),
+    ("cli_export",),
     ("cli",),
     ("__main__",),
 )
 RANKS = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-PLUGIN_FOLDERS = ("formats", "quantizers")
+PLUGIN_FOLDERS = ("formats", "quantizers", "export")
 
 HEAVY = ("chainer", "webdnn", "onnx", "onnxruntime", "h5py", "playwright", "scipy", "torch")
 # Modules that may import one of them at the top: nothing loads these before a file asks for them.

@@ -216,7 +216,7 @@ class Opened:
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         page.on("request", lambda request: self.requests.append(request.url))
         page.goto(url)
-        page.locator("#timings tr, #error:not([hidden])").first.wait_for()
+        page.locator("#timings tr, #error:not([hidden])").first.wait_for(timeout=60_000)
 
     def text(self, selector: str) -> str:
         return self.page.inner_text(selector)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from shrink.model import DTYPES, Entry, Quantized, Tensor
 from shrink.quantizers import modes
 from shrink.steps import Step
 from tests.faulty_server import Answer, Site, cut, gzipped, hanging, later, ranged, status, whole
-from tests.web import Loader, Result, container, in_python, loader_in_chromium
+from tests.web import WEB, Loader, Result, container, in_python, loader_in_chromium
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +409,15 @@ def test_without_a_worker(loader: Loader, file: bytes, tmp_path: Path, script: s
     page = loader.fresh_page(script)
     assert_holds(page.load(page.site.put(whole(file))), file, tmp_path)
     assert page.fails(page.site.put(whole(flipped(file, in_file(file, "layer 0"))))) == "corrupt"
+
+
+def test_under_a_strict_policy(loader: Loader, file: bytes, tmp_path: Path) -> None:
+    """The one that GUIDE.md names."""
+    (policy,) = re.findall("`(script-src .*)`", (WEB / "GUIDE.md").read_text())
+    html = (Path(__file__).parent / "web" / "page.html").read_bytes()
+    path = loader.site.put(whole(html, content_type="text/html", content_security_policy=policy), name="/strict.html")
+    page = loader.fresh_page(path=path)
+    assert_holds(page.load(page.site.put(whole(file))), file, tmp_path)
 
 
 def test_a_missing_codec_is_named(loader: Loader, file: bytes, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -251,6 +252,13 @@ def test_a_file_that_fails(tmp_path: Path, text: str, call: str, words: str) -> 
     assert caught.value.file == path
 
 
+def test_no_other_file_is_run(tmp_path: Path) -> None:
+    (tmp_path / "beside_it.py").write_text("raise SystemExit('was run')")
+    path = network_file(tmp_path, "import beside_it")
+    with pytest.raises(BadInput, match="No module named 'beside_it'"):
+        networks.load(f"{path}:Net", model_of(l__W=W, l__b=B))
+
+
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
@@ -371,6 +379,14 @@ class Odd(Net):
     chain = networks.load(f"{network_file(tmp_path, LINEAR + odd)}:{call}", stored)
     with pytest.raises(BadInput, match=words):
         networks.to_onnx(chain, shapes, stored)
+
+
+def test_what_onnx_runtime_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.InferenceSession", Mock(side_effect=RuntimeError("no\nsuch operator")))
+    stored = model_of(l__W=W, l__b=B)
+    chain = networks.load(f"{network_file(tmp_path, LINEAR)}:Net", stored)
+    with pytest.raises(BadInput, match="ONNX Runtime does not run what onnx_chainer exported: RuntimeError: no$"):
+        networks.to_onnx(chain, [(1, 3)], stored)
 
 
 # --- the sample networks ---------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """WebDNN 1.2 on WebAssembly: a descriptor folder that stock `webdnn.js` loads, made by WebDNN's own converter.
 
-WebDNN rewrites weights as it converts: it changes layouts, folds batch norm into what precedes it and merges
-constants. Weights are quantized after that, so that the visitor downloads what the descriptor holds and nothing is
-quantized twice. `float32` and `eightbit` are WebDNN's own encodings. In any other mode the weights lie in
-`weights.safetensors` instead of `weight_webassembly.bin`: the decoded tensors in file order, end to end, are the
-`raw` file that the graph asks for.
+WebDNN rewrites weights as it converts: it changes layouts, merges constants, folds batch norm into the convolution
+before it or else into one factor and one bias. Weights are quantized after that, so that the visitor downloads what
+the descriptor holds and nothing is quantized twice. `float32` and `eightbit` are WebDNN's own encodings. In any other
+mode the weights lie in `weights.safetensors` instead of `weight_webassembly.bin`: the decoded tensors in file order,
+end to end, are the `raw` file that the graph asks for.
 
 Kernels are C++ that emscripten compiles, with SIMD; asm.js, WebDNN's fallback for browsers of before 2017, no longer
 compiles and is left out.
@@ -12,6 +12,7 @@ compiles and is left out.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -243,14 +245,24 @@ def _quiet() -> Iterator[None]:
 def _reproducible(webdnn: Any) -> Iterator[None]:
     """Have the same network give the same files.
 
-    WebDNN keeps nodes, their attributes and allocations in sets, which iterate by memory address. Under one hash for
-    all, a set iterates by what was done to it. Allocations are numbered through the life of the process.
+    WebDNN keeps nodes, their attributes and allocations in sets, which iterate by hash: the memory address. Here they
+    are numbered instead, as they come. Allocations have numbers, which would go on through the life of the process.
     """
     allocator = webdnn.backend.code_generator.allocator
     classes = (webdnn.graph.node.Node, webdnn.graph.attribute.Attribute, allocator.Allocation)
+    numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
+    fresh = itertools.count()
+
+    def number(self: object) -> int:
+        # Not an attribute: what is copied would bring the number of its original.
+        known = numbers.get(id(self))
+        if known is None or known[0]() is not self:
+            known = numbers[id(self)] = weakref.ref(self), next(fresh)
+        return known[1]
+
     before, allocator._count = allocator._count, 0
     for each in classes:
-        each.__hash__ = lambda _: 0
+        each.__hash__ = number
     try:
         yield
     finally:

@@ -106,6 +106,7 @@ def to_onnx(chain: Any, input_shapes: Sequence[tuple[int, ...]], weights: Model)
     except Exception as error:
         shapes = " and ".join(",".join(map(str, s)) for s in input_shapes)
         raise BadInput(f"the network does not take an input of {shapes}: {_said(error)}") from error
+    kept = {t.name: t for t in drop_state(weights).tensors}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about versions, and what it names itself
@@ -115,11 +116,10 @@ def to_onnx(chain: Any, input_shapes: Sequence[tuple[int, ...]], weights: Model)
                 input_names=numbered("input", len(inputs)),
                 output_names=numbered("output", len(expected)),
             )
+        _tidy(proto, list(kept))
+        onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise BadInput(f"onnx_chainer cannot export the network: {_said(error)}") from error
-    kept = {t.name: t for t in drop_state(weights).tensors}
-    _tidy(proto, list(kept))
-    onnx.checker.check_model(proto, full_check=True)
     max_error = _max_error(proto.SerializeToString(), inputs, expected)
     model = onnx_format.from_proto(proto, file)
     tensors = tuple(_as_stored(tensor, kept.get(tensor.name)) for tensor in model.tensors)
@@ -216,9 +216,12 @@ def _max_error(model: bytes, inputs: Sequence[F32], expected: Sequence[F32]) -> 
         import onnxruntime  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
         raise MissingDependency("onnxruntime", "chainer") from None
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-    outputs = session.run(None, dict(zip(names, inputs, strict=True)))
+    try:
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        names = [i.name for i in session.get_inputs()]
+        outputs = session.run(None, dict(zip(names, inputs, strict=True)))
+    except Exception as error:
+        raise BadInput(f"ONNX Runtime does not run what onnx_chainer exported: {_said(error)}") from error
     return max(float(np.max(np.abs(a - b), initial=0.0)) for a, b in zip(outputs, expected, strict=True))
 
 

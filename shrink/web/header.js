@@ -12,13 +12,15 @@ const VERSION = 1;
 // The limits of the safetensors library and of shrink's own reader.
 const HEADER_AT_MOST = 100_000_000;
 const NAME_AT_MOST = 1024;
-const DIMENSIONS_AT_MOST = 64;
+const DIMENSIONS_AT_MOST = 32;
 const STEPS_AT_MOST = 16;
 const COUNT_BELOW = 2 ** 48;
 // A tensor larger than this is believed only when enough bytes stand behind it.
-const BELIEVED_BYTES = 2 ** 30;
+const BELIEVED_BYTES = 2 ** 26;
 const BELIEVED_RATIO = 4096;
 
+// The name of a format.
+const SOURCE = /^[a-z0-9-]{1,32}$/;
 // Names that could harm whoever prints them or makes a path of them.
 const FORBIDDEN = /[\x00-\x1f\x7f-\x9f\u2028\u2029]|\p{Surrogate}|^[/\\]|(^|[/\\])\.\.([/\\]|$)/u;
 
@@ -66,6 +68,7 @@ function parseMetadata(metadata, crc32) {
   if (version !== VERSION) throw new LoadError("unsupported", `container version ${version} is not known`);
   const valid =
     typeof source === "string" &&
+    SOURCE.test(source) &&
     Array.isArray(state) &&
     state.every((name) => typeof name === "string") &&
     isObject(tensors) &&
@@ -120,8 +123,10 @@ function checkName(name) {
   }
 }
 
+/** As in Python, where the other dimensions matter even beside a 0. */
 function isShape(shape) {
-  return Array.isArray(shape) && shape.length <= DIMENSIONS_AT_MOST && shape.every(isCount) && isCount(countOf(shape));
+  const fits = Array.isArray(shape) && shape.length <= DIMENSIONS_AT_MOST && shape.every(isCount);
+  return fits && countOf(shape.map((n) => n || 1)) < COUNT_BELOW;
 }
 
 function isCount(value) {

@@ -95,8 +95,8 @@ class Job {
   }
 
   /**
-   * Decode the file that `source` gives, and store it where there is a `store`. Gives { weights }, or { hit } where the header
-   * shows that the store has this very content.
+   * Decode the file that `source` gives, and store it where there is a `store`. Gives { weights }, or { hit }, the hash
+   * under which the store has this very content, as the header shows.
    */
   async #read(source, store) {
     let attempt = null;
@@ -143,7 +143,7 @@ class Attempt {
       if (header) {
         this.total = header.sections.reduce((sum, { decodedBytes = 0 }) => sum + decodedBytes, 0);
         if (this.total > job.maxBytes) {
-          throw new LoadError("unsupported", `the weights take ${this.total} bytes, more than ${job.maxBytes} (maxBytes)`);
+          throw new LoadError("unsupported", `the weights take ${this.total} bytes, more than ${job.maxBytes}`);
         }
         const hash = store && (job.integrity ?? (await contentHash(header, bytes)));
         if (hash && (await store.find(hash))) return hash;

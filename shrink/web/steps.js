@@ -6,7 +6,7 @@
 import { ARRAYS, countOf } from "./dtypes.js";
 import { LoadError } from "./errors.js";
 import { inflate } from "./inflate.js";
-import { affine, cast, codebook } from "./values.js";
+import { affine, cast, codebook, isSane } from "./values.js";
 
 const WIDEST_ITEM = 1 << 24;
 const TILE = 64;
@@ -83,7 +83,7 @@ class Params {
 
   number(key) {
     const value = this.take(key);
-    if (!Number.isFinite(value)) throw this.bad(`${key} is not a finite number`);
+    if (!isSane(value)) throw this.bad(`${key} is not a finite number`);
     return value;
   }
 

@@ -5,6 +5,7 @@ import { LoadError } from "./errors.js";
 
 const TABLES = new Map([["eightbit", EIGHTBIT]]);
 const TILE = 64;
+const LARGEST_NUMBER = 1e300;
 
 export function cast(bytes, params, { dtype, shape }) {
   const from = params.choice("from", [...ARRAYS.keys()]);
@@ -56,12 +57,17 @@ function bitsOfHalf(half) {
   return sign | new Uint32Array(value.buffer)[0];
 }
 
+/** Whether a value is a number that arithmetic can be done with. */
+export function isSane(value) {
+  return typeof value === "number" && Math.abs(value) <= LARGEST_NUMBER;
+}
+
 export function codebook(bytes, params, { dtype }) {
   const scale = params.number("scale");
   const given = params.take("table");
   params.done();
   const named = typeof given === "string" && TABLES.get(given);
-  const listed = Array.isArray(given) && given.length > 0 && given.length <= 256 && given.every(Number.isFinite);
+  const listed = Array.isArray(given) && given.length > 0 && given.length <= 256 && given.every(isSane);
   if (!named && !listed) throw params.bad("table is neither a known name nor a list of 1 to 256 finite numbers");
   const table = named || Float64Array.from(given);
   // Multiplied in double precision, rounded once. A table of 256 leaves the loop nothing to check.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 HERE = Path(__file__).parent
+PAGE = "/tests/page.html"
 WEB = HERE.parents[1] / "shrink" / "web"
 # What a typed array is called, where it is not after NumPy's dtype.
 ARRAYS = {"bool": "Uint8Array", "int64": "BigInt64Array", "uint64": "BigUint64Array"}
@@ -44,14 +45,14 @@ class Loader:
         code: str = result["error"]["code"]
         return code
 
-    def fresh_page(self, script: str = "") -> Loader:
-        """The same site in another page of the same browser, after a script has changed what that page has."""
+    def fresh_page(self, script: str = "", path: str = PAGE) -> Loader:
+        """Another page of the same site and browser, after a script has changed what that page has."""
         browser = self.page.context.browser
         assert browser
         page = browser.new_page()
         if script:
             page.add_init_script(script)
-        open_page(page, self.site)
+        open_page(page, self.site, path)
         return Loader(self.site, page)
 
 
@@ -63,9 +64,9 @@ def loader_in_chromium() -> Iterator[Loader]:
         yield Loader(site, page)
 
 
-def open_page(page: Page, site: Site) -> None:
-    page.goto(f"{site.url}/tests/page.html")
-    page.wait_for_function("globalThis.ready")
+def open_page(page: Page, site: Site, path: str = PAGE) -> None:
+    page.goto(site.url + path)
+    page.wait_for_selector("html[data-ready]", state="attached")
 
 
 def container(folder: Path, entries: Iterable[Entry], level: int | None = None, graph: bytes | None = None) -> bytes:

@@ -69,5 +69,5 @@ Object.assign(globalThis, {
   /** Whether a load has heard of its file. */
   asked: (url) => heard.has(url),
   end: (url) => pending.get(url),
-  ready: true,
 });
+document.documentElement.dataset.ready = "yes";
