@@ -2,8 +2,9 @@
 
     python3 -m benchmarks quickstart [-o FOLDER]
 
-Sets up `.venv` where it is missing, quantizes the sample network to eightbit, exports it as a web page, opens that in
-headless Chromium and leaves the page and a screenshot of it in FOLDER (quickstart/ unless said otherwise).
+Sets up `.venv` where it is missing, quantizes the sample network (a generator of digits) to eightbit, exports it and
+the original for the web, opens a page with both in headless Chromium, and leaves the page and a screenshot of it in
+FOLDER (quickstart/ unless said otherwise).
 """
 
 from __future__ import annotations
@@ -41,14 +42,16 @@ def _run(folder: Path) -> int:
     # Only now is there anything to import.
     from shrink.serve import Server
 
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     snapshot, small, site = folder / "gen.npz", folder / "gen.eightbit.safetensors", folder / "site"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(MODELS / "sliders", site)
     shutil.copy(MODELS / "cdcgan.npz", snapshot)
     network = f"{MODELS / 'networks.py'}:Generator"
+    to_the_web = ["--input", "1,110", "--to", "onnxruntime-web", "-o"]
     for command in (
         ["quantize", snapshot, "--mode", "eightbit", "-o", small],
-        ["export", network, "--weights", small, "--input", "1,110", "--to", "onnxruntime-web", "-o", site],
+        ["export", network, "--weights", small, *to_the_web, site / "eightbit"],
+        ["export", network, "--weights", snapshot, *to_the_web, site / "float32"],
     ):
         words = list(map(str, command))
         print("\n$ shrink", *(os.path.relpath(w) if os.path.isabs(w) else w for w in words), flush=True)
@@ -83,13 +86,13 @@ def _visited(url: str, browser: str, picture: Path) -> list[str]:
             executable_path=browser, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         )
         try:
-            page = chromium.new_page(viewport={"width": 900, "height": 900})
+            page = chromium.new_page(viewport={"width": 900, "height": 700})
             page.goto(url)
-            # The table of sizes is the last that the page fills in; its error line is the other way to end.
-            page.locator("#sizes tr, #error:not([hidden])").first.wait_for()
+            # The page shows its pictures when both are drawn; its error line is the other way to end.
+            page.locator("#result:not([hidden]), #error:not([hidden])").first.wait_for()
             page.screenshot(path=picture, full_page=True)
             if page.is_visible("#error"):
                 raise RuntimeError(page.inner_text("#error"))
-            return [line for line in page.inner_text("main").splitlines() if line.strip()]
+            return page.locator("h1, #status, figcaption, #difference").all_inner_texts()
         finally:
             chromium.close()

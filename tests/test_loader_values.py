@@ -250,11 +250,11 @@ def test_chains_that_python_refuses_are_refused(loader: Loader, tmp_path: Path) 
 @pytest.mark.parametrize("where", ["worker", "page"])
 def test_bombs_are_refused_before_they_take_memory(loader: Loader, tmp_path: Path, where: str) -> None:
     page = loader if where == "worker" else loader.fresh_page("delete globalThis.Worker")
-    zeros = Tensor.of("W", np.zeros((5000, 5000), "f4"))
+    zeros = Tensor.of("W", np.zeros((4000, 4000), "f4"))
     data = container(tmp_path, [zeros], level=3)
     assert len(data) < 30_000
-    assert page.fails(page.site.put(whole(data)), maxBytes=99_999_999) == "unsupported"
-    assert "tensors" in page.load(page.site.put(whole(data)), maxBytes=100_000_000)
+    assert page.fails(page.site.put(whole(data)), maxBytes=63_999_999) == "unsupported"
+    assert "tensors" in page.load(page.site.put(whole(data)), maxBytes=64_000_000)
     steps = (Step("deflate.1", {"size": 400}), Step("cast.1", {"from": "F32"}))
     bomb = Quantized.of("W", DTYPES["F32"], (100,), steps, zlib.compress(bytes(300_000_000), 9))
     assert page.fails(page.site.put(whole(container(tmp_path, [bomb])))) == "corrupt"

@@ -385,7 +385,7 @@ def test_what_onnx_runtime_cannot_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("onnxruntime.InferenceSession", Mock(side_effect=RuntimeError("no\nsuch operator")))
     stored = model_of(l__W=W, l__b=B)
     chain = networks.load(f"{network_file(tmp_path, LINEAR)}:Net", stored)
-    with pytest.raises(BadInput, match="ONNX Runtime does not run what onnx_chainer exported: RuntimeError: no$"):
+    with pytest.raises(BadInput, match=r"ONNX Runtime does not run what onnx_chainer exported: RuntimeError: no$"):
         networks.to_onnx(chain, [(1, 3)], stored)
 
 

@@ -246,10 +246,11 @@ def _reproducible(webdnn: Any) -> Iterator[None]:
     """Have the same network give the same files.
 
     WebDNN keeps nodes, their attributes and allocations in sets, which iterate by hash: the memory address. Here they
-    are numbered instead, as they come. Allocations have numbers, which would go on through the life of the process.
+    are numbered instead, as they come. It names nodes, by which it sorts them, and allocations with numbers that go on
+    through the life of the process.
     """
-    allocator = webdnn.backend.code_generator.allocator
-    classes = (webdnn.graph.node.Node, webdnn.graph.attribute.Attribute, allocator.Allocation)
+    allocator, node = webdnn.backend.code_generator.allocator, webdnn.graph.node
+    classes = (node.Node, webdnn.graph.attribute.Attribute, allocator.Allocation)
     numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
     fresh = itertools.count()
 
@@ -260,12 +261,14 @@ def _reproducible(webdnn: Any) -> Iterator[None]:
             known = numbers[id(self)] = weakref.ref(self), next(fresh)
         return known[1]
 
-    before, allocator._count = allocator._count, 0
+    allocations, allocator._count = allocator._count, 0
+    nodes, node._node_serial_counter_dict = node._node_serial_counter_dict, {}
     for each in classes:
         each.__hash__ = number
     try:
         yield
     finally:
-        allocator._count = before
+        allocator._count = allocations
+        node._node_serial_counter_dict = nodes
         for each in classes:
             del each.__hash__

@@ -3,7 +3,7 @@
 // The graph is model.onnx; its weights are decoded by our loader and handed over as external data. Nothing but files
 // of the exported folder is fetched.
 
-import { Downloads } from "../downloads.js";
+import { SiteDownloads } from "../site_downloads.js";
 import { LoadError } from "../errors.js";
 
 // More threads than this no longer help networks of a size that pages have.
@@ -25,7 +25,7 @@ const ARRAYS = {
  */
 export async function open(manifest, options = {}) {
   const { runtime, model, weights: container } = manifest;
-  const downloads = new Downloads(manifest, [runtime.wasm, model, container], options);
+  const downloads = new SiteDownloads(manifest, [runtime.wasm, model, container], options);
   const timings = {};
   const timed = async (name, work) => {
     const value = await work;

@@ -3,7 +3,7 @@
 // Stock WebDNN takes an error page for weights and tells no progress, so every file is fetched and checked here, and
 // WebDNN is given addresses of what came. Weights in our container are decoded on the way.
 
-import { Downloads } from "../downloads.js";
+import { SiteDownloads } from "../site_downloads.js";
 import { LoadError } from "../errors.js";
 
 const FILES = ["graph_webassembly.json", "kernels_webassembly.js", "kernels_webassembly.wasm"];
@@ -18,7 +18,7 @@ const FILES = ["graph_webassembly.json", "kernels_webassembly.js", "kernels_weba
 export async function open(manifest, options = {}) {
   const { model, weights, runtime } = manifest;
   const paths = FILES.map((name) => `${model}/${name}`);
-  const downloads = new Downloads(manifest, [...paths, weights], options);
+  const downloads = new SiteDownloads(manifest, [...paths, weights], options);
   const timings = {};
   const parts = await downloads.all([
     ...paths.map(async (path) => [await downloads.file(path)]),

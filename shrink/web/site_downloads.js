@@ -5,7 +5,7 @@ import { load, LoadError } from "./loader.js";
  * Fetches the files of one exported folder side by side, with one progress for all of them; one that fails ends the
  * others. `paths` are those that `onProgress({ loaded, total })` counts, in bytes that the visitor downloads.
  */
-export class Downloads {
+export class SiteDownloads {
   constructor(manifest, paths, { base, onProgress = () => {}, signal }) {
     this.manifest = manifest;
     this.base = base;
