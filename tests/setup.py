@@ -28,8 +28,14 @@ NPM = ROOT / "tests"
 
 OLDEST = (3, 10)
 STAMP = ".shrink-setup"
-# Command -> the Debian package that brings it.
-DEBIAN = {"chromium": "chromium", "node": "nodejs", "npm": "npm"}
+# Command or file -> the Debian package that brings it.
+DEBIAN = {
+    "chromium": "chromium",
+    "node": "nodejs",
+    "npm": "npm",
+    "em++": "emscripten",
+    "/usr/include/eigen3/Eigen/Core": "libeigen3-dev",
+}
 
 # What a candidate for the second Python says about itself. A build without the GIL is another ABI, for which
 # the locked packages have no wheels.
@@ -310,7 +316,7 @@ def npm_packages() -> bool:
 
 def debian_packages() -> None:
     """Install what is missing where that is allowed, else say how; the tests that need it skip and say so."""
-    missing = missing_packages(shutil.which)
+    missing = missing_packages(is_here)
     if not missing:
         return
     install = ("apt-get", "install", "--yes", "--no-install-recommends")
@@ -322,10 +328,14 @@ def debian_packages() -> None:
             say(f"installing the Debian package {package}")
             with contextlib.suppress(subprocess.CalledProcessError):
                 call(*install, package)
-        missing = missing_packages(shutil.which)
+        missing = missing_packages(is_here)
     if missing:
         say(f"not here, tests that need them skip: {' '.join(missing)} (as root: {' '.join([*install, *missing])})")
 
 
-def missing_packages(which: Callable[[str], str | None]) -> list[str]:
-    return [package for command, package in DEBIAN.items() if not which(command)]
+def missing_packages(here: Callable[[str], object]) -> list[str]:
+    return [package for name, package in DEBIAN.items() if not here(name)]
+
+
+def is_here(name: str) -> bool:
+    return os.path.exists(name) if os.path.isabs(name) else shutil.which(name) is not None

@@ -195,6 +195,13 @@ def test_a_file_replaced_on_the_way_is_never_spliced(
     assert loader.fails(path, tries=2) == "corrupt"
 
 
+def test_a_file_without_checksums_is_not_spliced_either(loader: Loader, tmp_path: Path) -> None:
+    """One that shrink did not write, from a server that ignores If-Range: only the tag of its answer tells."""
+    old, new = (save({"w": np.full((2000, 2000), value, "f4")}) for value in (1, 2))
+    script = [ranged(old, '"old"', breaks_after=len(old) // 2), ranged(new, '"new"', heeds_if_range=False), whole(new)]
+    assert loader.load(loader.site.put(*script)).get("tensors") == in_python(tmp_path, new)
+
+
 def test_a_server_that_promises_too_much(loader: Loader, file: bytes, tmp_path: Path) -> None:
     """Whether the browser hands out the last bytes before it complains is a race; wrong values never come of it."""
     result = loader.load(loader.site.put(whole(file, content_length=str(len(file) + 100))))

@@ -168,20 +168,20 @@ def test_the_other_python_runs_shrink_and_is_of_another_version(other_python: Pa
 
 def test_missing_packages() -> None:
     here = {"node": "/usr/bin/node"}
-    assert setup.missing_packages(here.get) == ["chromium", "npm"]
+    assert setup.missing_packages(here.get) == ["chromium", "npm", "emscripten", "libeigen3-dev"]
     assert setup.missing_packages(lambda command: command) == []
 
 
 def test_without_root_the_command_is_said_and_nothing_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(setup, "is_here", lambda name: False)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(setup, "call", lambda *command, **_: pytest.fail(str(command)))
     setup.debian_packages()
     said = capsys.readouterr().out
     assert "apt-get install" in said
-    assert "chromium nodejs npm" in said
+    assert "chromium nodejs npm emscripten libeigen3-dev" in said
 
 
 def test_with_root_a_package_manager_that_fails_does_not_stop_the_run(
@@ -193,6 +193,7 @@ def test_with_root_a_package_manager_that_fails_does_not_stop_the_run(
         calls.append(command)
         raise subprocess.CalledProcessError(100, command)
 
+    monkeypatch.setattr(setup, "is_here", lambda name: False)
     monkeypatch.setattr(shutil, "which", lambda name: name if name == "apt-get" else None)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(setup, "call", fail)
@@ -201,6 +202,8 @@ def test_with_root_a_package_manager_that_fails_does_not_stop_the_run(
         ("install", "chromium"),
         ("install", "nodejs"),
         ("install", "npm"),
+        ("install", "emscripten"),
+        ("install", "libeigen3-dev"),
     ]
     assert "not here" in capsys.readouterr().out
 
