@@ -338,4 +338,4 @@ def missing_packages(here: Callable[[str], object]) -> list[str]:
 
 
 def is_here(name: str) -> bool:
-    return os.path.exists(name) if os.path.isabs(name) else shutil.which(name) is not None
+    return Path(name).exists() if os.path.isabs(name) else shutil.which(name) is not None
