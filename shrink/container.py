@@ -132,9 +132,9 @@ def _json(data: bytes | str, path: Path, what: str) -> dict[str, Any]:
 
 def _metadata(metadata: dict[str, str], path: Path) -> _Meta:
     text = metadata.get(_KEY)
-    if text is None:
+    if text is None and _CRC_KEY not in metadata:
         return _Meta(None, frozenset(), {})
-    if metadata.get(_CRC_KEY) != _crc_text(text):
+    if text is None or metadata.get(_CRC_KEY) != _crc_text(text):
         raise IntegrityError("the metadata is damaged", file=path)
     meta = _json(text, path, "the metadata")
     if meta.get("version") != VERSION:

@@ -95,6 +95,9 @@ def damaged(folder: Path) -> Iterator[Damaged]:
     flipped = bytearray(good)
     flipped[at] ^= 1
     yield put("flipped-metadata-bit", bytes(flipped), "damaged")
+    renamed = json.loads(json.dumps(header))
+    renamed["__metadata__"]["shrinj"] = renamed["__metadata__"].pop("shrink")
+    yield put("flipped-key-bit", _whole(renamed, body), "damaged")
     yield put("seventy-dimensions", _whole(_plain(a=("U8", [1] * 70, [0, 1])), bytes(1)), "a", "shape")
     yield meta("source-escapes", lambda m: m.update(source="\x1b[31mnpz\nok"), "wrong type")
     yield meta("shape-empty-but-huge", lambda m: m["tensors"]["l1/W"].update(shape=[0, 1 << 47, 1 << 47]), "shape")
