@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import collections
-import collections.abc
-import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shrink.networks.legacy import import_webdnn
 
 F32 = NDArray[np.float32]
 
@@ -19,17 +18,11 @@ def webdnn_encoder() -> tuple[Callable[[F32], bytes], Callable[[F32], object]]:
     """WebDNN 1.2.11's own eightbit encoder: one tensor to the bytes of its file, and weights to codes only.
 
     Raises:
-        ImportError: the package is not installed.
+        MissingDependency: the package is not installed.
     """
-    # WebDNN was written for Python 3.6, where these names were still here.
-    for name in ("Collection", "Iterable", "Sequence"):
-        if not hasattr(collections, name):
-            setattr(collections, name, getattr(collections.abc, name))
-    with warnings.catch_warnings():
-        # Its source has escape sequences that a newer Python warns of when it first compiles them.
-        warnings.simplefilter("ignore")
-        from webdnn.backend.code_generator.allocator import Allocation
-        from webdnn.encoder import constant_encoder_eightbit as module
+    import_webdnn()
+    from webdnn.backend.code_generator.allocator import Allocation
+    from webdnn.encoder import constant_encoder_eightbit as module
 
     encoder = module.ConstantEncoderEightbit()
 

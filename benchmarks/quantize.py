@@ -24,6 +24,7 @@ from tabulate import tabulate
 
 from benchmarks import peers
 from benchmarks.measure import Timing, interleaved, machine, process
+from shrink.errors import MissingDependency
 from shrink.quantizers import modes
 
 F32 = NDArray[np.float32]
@@ -118,7 +119,7 @@ def _coding(weights: list[F32], rounds: int) -> dict[str, Any]:
     missing = {}
     try:
         work["WebDNN eightbit"] = each(peers.webdnn_encoder()[1])
-    except ImportError as error:
+    except MissingDependency as error:
         missing["WebDNN eightbit"] = f"not measured: {error}"
     os.sched_setaffinity(0, {min(cores)})
     try:

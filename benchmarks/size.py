@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 import shrink
 from benchmarks import peers
+from shrink.errors import MissingDependency
 from shrink.formats import safetensors
 from shrink.pipeline import drop_state
 from shrink.steps import EIGHTBIT_TABLE
@@ -85,7 +86,7 @@ def measured(path: Path) -> list[dict[str, Any]]:
             )
     try:
         encode = peers.webdnn_encoder()[0]
-    except ImportError as error:
+    except MissingDependency as error:
         rows.append({"mode": "WebDNN eightbit", "not_measured": f"not measured: {error}"})
     else:
         encoded = {name: encode(x) for name, x in arrays.items()}
