@@ -45,6 +45,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that appears at `path` when the block ends well. An old one there is replaced at the end."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError("is not a folder", file=path)
+    path = path.resolve()  # `.` and `..` have no name
     temporary = path.with_name(f".shrink-{secrets.token_hex(6)}.tmp")
     old = temporary.with_suffix(".old")
     try:

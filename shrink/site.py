@@ -107,7 +107,7 @@ def input_shapes(model: Model, given: tuple[str, ...]) -> tuple[tuple[int, ...],
 
 def _shape(info: ValueInfoProto, asked: tuple[int, ...] | None, source: Path) -> tuple[int, ...]:
     known = info.type.tensor_type.HasField("shape")
-    dims = [d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim]
+    dims = [d.dim_value if d.dim_value > 0 else None for d in info.type.tensor_type.shape.dim]
     name = printable(info.name)
     if asked is None:
         # What is left open first is the batch.
@@ -118,6 +118,8 @@ def _shape(info: ValueInfoProto, asked: tuple[int, ...] | None, source: Path) ->
                 file=source,
                 hint=f"give it: --input {name}=1,3,224,224",
             )
+        if math.prod(shape) >= 1 << 31:
+            raise UsageError(f"its input {name} is too large{_said(dims)}", file=source)
         return shape
     if known and (len(asked) != len(dims) or any(m not in (n, None) for n, m in zip(asked, dims, strict=True))):
         text = ",".join(map(str, asked))

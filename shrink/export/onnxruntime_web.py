@@ -192,7 +192,7 @@ def _externalized(
             )
         nbytes = entry.size * dtype.itemsize
         clear(slot)
-        if dtype not in _OUTSIDE or nbytes <= _SMALL_BYTES:
+        if dtype not in _OUTSIDE or entry.dtype != dtype or nbytes <= _SMALL_BYTES:
             slot.raw_data = entry.array.astype(dtype, copy=False).tobytes()
             continue
         # Not the tensor's name: the runtime takes this for a path.

@@ -211,7 +211,7 @@ def _compile(source: Path, output: Path, heap_bytes: int, compiler: list[str]) -
         *("-O3", "-std=c++14", "-msimd128", "-Wno-everything"),
         *(word for setting in settings for word in ("-s", setting)),
         *("--pre-js", str(Path(generator.__file__).with_name("webassembly_header.js"))),
-        *("-o", str(output), str(source)),
+        *("-o", str(output.absolute()), str(source)),
     ]
     # emscripten's optimizer of JavaScript looks for acorn among node's packages; Debian keeps them here.
     packages = os.pathsep.join(filter(None, [os.environ.get("NODE_PATH"), str(_NODE_PACKAGES)]))

@@ -153,7 +153,9 @@ def _run_file(path: Path) -> ModuleType:
 
 
 def _said(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
+    lines = str(error).strip().splitlines()
+    # Chainer's own check of shapes says on the later lines what it expects and what it got.
+    text = " ".join(" ".join(lines if type(error).__name__ == "InvalidType" else lines[:1]).split())
     return printable(f"{type(error).__name__}: {text}" if text else type(error).__name__, at_most=300)
 
 

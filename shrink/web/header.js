@@ -165,7 +165,13 @@ function json(string, what) {
   // Of two equal keys JSON.parse keeps one: then the text has more keys than the value.
   let keys = 0;
   for (const match of string.matchAll(/"(?:[^"\\]|\\.)*"\s*(:?)/g)) if (match[1]) keys += 1;
-  if (keys !== countKeys(value)) throw corrupt(`${what} says something twice`);
+  let counted;
+  try {
+    counted = countKeys(value);
+  } catch {
+    throw corrupt(`${what} is nested too deeply`);
+  }
+  if (keys !== counted) throw corrupt(`${what} says something twice`);
   return value;
 }
 
