@@ -35,7 +35,7 @@ from shrink.coders import pack
 from shrink.errors import BadInput, IntegrityError
 from shrink.files import atomic_file, io_errors, section
 from shrink.model import DTYPES, Entry, Quantized, Role, Tensor, check_name, check_shape, dtype_code
-from shrink.steps import Step
+from shrink.steps import Step, from_bfloat16
 
 __all__ = ["Contents", "read", "write"]
 
@@ -184,7 +184,7 @@ def _entry(name: str, spec: dict[str, Any], meta: _Meta, load: Callable[[], byte
     shape = tuple(spec["shape"])
     check_shape(shape, file=path, tensor=name)
     if spec["dtype"] == "BF16":
-        return Tensor(name, DTYPES["F32"], shape, lambda: _widen(load()).reshape(shape), role)
+        return Tensor(name, DTYPES["F32"], shape, lambda: _widened(load()).reshape(shape), role)
     dtype = DTYPES.get(spec["dtype"])
     if dtype is None:
         raise BadInput(f"values of type {spec['dtype']} are not supported", file=path, tensor=name)
@@ -225,9 +225,8 @@ def _checked(load: Callable[[], bytes], crc: Any, path: Path, name: str) -> Call
     return read
 
 
-def _widen(data: bytes) -> NDArray[np.float32]:
-    """bfloat16 to float32, exactly."""
-    return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+def _widened(data: bytes) -> NDArray[np.float32]:
+    return from_bfloat16(np.frombuffer(data, "<u2"))
 
 
 def _crc_text(text: str) -> str:

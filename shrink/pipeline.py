@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shrink.errors import BadInput, UsageError, blaming
-from shrink.model import DTYPES, Entry, Model, Quantized, Tensor
+from shrink.formats._trainer import model_prefix
+from shrink.model import DTYPES, Entry, Model, Quantized, Source, Tensor
 from shrink.progress import Progress, silent
 from shrink.quantizers import Kept
 from shrink.quantizers.prune import Prune
-from shrink.recipe import Decision, Recipe, wants
+from shrink.recipe import Decision, Recipe, Rule, wants
 
 __all__ = ["Change", "Difference", "decided", "difference", "drop_state", "quantized", "restored", "stored_as"]
 
@@ -31,7 +31,6 @@ _BECAME = {"float32": "pruned"}
 # and a table; in WebDNN's flat layouts what is smaller is taken for a bias.
 _FEWEST_WEIGHTS = 256
 _FEWEST_WEIGHTS_IN = {"onnx": 1024, "webdnn": 1024}
-_TRAINER_MODEL = re.compile(r"^updater/model:([^/]*)/")
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,53 @@ def drop_state(model: Model) -> Model:
     snapshot of that model.
     """
     kept = [t for t in model.tensors if t.role == "weight"]
-    models = {m.group(1) if (m := _TRAINER_MODEL.match(t.name)) else None for t in kept}
-    if "trainer" in model.attributes and len(models) == 1 and None not in models:
-        kept = [dataclasses.replace(t, name=_TRAINER_MODEL.sub("", t.name)) for t in kept]
+    source = model.source
+    if prefix := _only_prefix(model):
+        kept = [dataclasses.replace(t, name=t.name.removeprefix(prefix)) for t in kept]
+        source = _Shortened(source.format, source.path, source.size_bytes, prefix)
     attributes = {k: v for k, v in model.attributes.items() if k != "trainer"}
-    return dataclasses.replace(model, tensors=tuple(kept), attributes=attributes)
+    return dataclasses.replace(model, tensors=tuple(kept), source=source, attributes=attributes)
+
+
+@dataclass(frozen=True)
+class _Shortened(Source):
+    """The source of weights whose names have lost `prefix`. It is in the names that `inspect` shows."""
+
+    prefix: str
+
+
+def _only_prefix(model: Model) -> str:
+    """What the names of all weights of a trainer snapshot with one model begin with; empty for any other model."""
+    prefixes = {model_prefix(t.name) for t in model.tensors if t.role == "weight"}
+    return prefixes.pop() if "trainer" in model.attributes and len(prefixes) == 1 else ""
+
+
+@dataclass(frozen=True)
+class _EitherName(Rule):
+    """A rule that fits a tensor by its name or by its other one, which is with or without the snapshot's prefix."""
+
+    others: Mapping[str, str]
+
+    def fits(self, name: str) -> bool:
+        return super().fits(name) or super().fits(self.others[name])
+
+
+def _by_either_name(recipe: Recipe, model: Model) -> Recipe:
+    """The recipe for a trainer snapshot with one model, or its weights: its rules may say both the names of each."""
+    names = [t.name for t in model.tensors]
+    if isinstance(model.source, _Shortened):
+        others = {name: model.source.prefix + name for name in names}
+    elif prefix := _only_prefix(model):
+        others = {name: name.removeprefix(prefix) for name in names}
+    else:
+        return recipe
+    rules = (_EitherName(rule.globs, rule.quantizers, rule.said_by, others) for rule in recipe.rules)
+    return dataclasses.replace(recipe, rules=tuple(rules))
 
 
 def decided(model: Model, recipe: Recipe, *, to_webdnn: bool = False) -> dict[str, Decision]:
-    """The recipe's decision for every weight of the model.
+    """The recipe's decision for every weight of the model. Rules may name those of a trainer snapshot with its prefix
+    or without, whether or not `drop_state` has taken it off.
 
     `to_webdnn`: the result becomes a WebDNN folder, whose eightbit form holds coded tensors only.
 
@@ -97,7 +134,7 @@ def decided(model: Model, recipe: Recipe, *, to_webdnn: bool = False) -> dict[st
     # WebDNN's layouts are flat: they say how many values a tensor has, not its shape.
     source = model.source.format
     fewest = _FEWEST_WEIGHTS_IN.get(source, _FEWEST_WEIGHTS)
-    decisions = wants(recipe, weights, flat=source == "webdnn", every=every, fewest=fewest)
+    decisions = wants(_by_either_name(recipe, model), weights, flat=source == "webdnn", every=every, fewest=fewest)
     return _with_global_thresholds(model, decisions)
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from shrink.errors import BadInput
 
-__all__ = ["DTYPES", "EIGHTBIT_TABLE", "TABLES", "Step", "decode", "decode_bytes", "groups"]
+__all__ = ["DTYPES", "EIGHTBIT_TABLE", "TABLES", "Step", "decode", "decode_bytes", "from_bfloat16", "groups"]
 
 Bytes = NDArray[np.uint8]
 Array = NDArray[Any]
@@ -186,9 +186,13 @@ def _zstd(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
     params.done()
     if size == 0:
         return np.empty(0, np.uint8)
+    frame = data.tobytes()
     try:
-        # One byte more than promised is asked for, so that a longer frame shows itself.
-        out = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data.tobytes()).read(size + 1)
+        # A frame need not say how much it holds, but must not say anything else than what is promised.
+        if zstandard.frame_content_size(frame) not in (-1, size):
+            raise params.bad(f"the frame does not hold the promised {size} bytes")
+        decoder = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        out = decoder.decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise params.bad(f"the compressed bytes are damaged: {error}") from None
     if len(out) != size:
@@ -271,6 +275,11 @@ def _codebook(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -
     return scaled[data]
 
 
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16, given as its bits, to float32, exactly: it is the upper half of one."""
+    return (bits.astype("<u4") << 16).view("<f4")
+
+
 def groups(shape: tuple[int, ...], axis: int | None, block: int | None) -> tuple[int, int, int]:
     """How affine.1 groups values: (rows, values per row, blocks per row).
 
@@ -298,10 +307,8 @@ def _affine(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> 
     code_bytes = count if bits == 8 else -(-count // 2)
     if data.size != scale_bytes + zero_bytes + code_bytes:
         raise params.bad(f"{data.size} bytes are there where {scale_bytes + zero_bytes + code_bytes} belong")
-    if scale_type == "F32":
-        scales = data[:scale_bytes].view("<f4")
-    else:
-        scales = (data[:scale_bytes].view("<u2").astype("<u4") << 16).view("<f4")
+    stored = data[:scale_bytes]
+    scales = stored.view("<f4") if scale_type == "F32" else from_bfloat16(stored.view("<u2"))
     if not np.isfinite(scales).all():
         raise params.bad("a scale is not finite")
     zeros = data[scale_bytes : scale_bytes + zero_bytes].view(np.int8)

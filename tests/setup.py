@@ -1,4 +1,4 @@
-"""Makes this folder ready to test: two virtual environments, npm packages, Debian packages.
+"""Makes this folder ready to test: two virtual environments, npm packages, Debian packages, codec.wasm's compiler.
 
 Only the standard library is used, as this runs before anything is installed. What is there already is left
 alone: each environment carries a stamp of everything that it was made from.
@@ -10,10 +10,12 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "tests" / "requirements.txt"
 BUILD_LOCK = ROOT / "tests" / "build-requirements.txt"
+CODEC_LOCK = ROOT / "tests" / "codec-requirements.txt"
+CODEC_TOOLS = ROOT / "build" / "codec"
 VENV = ROOT / ".venv"
 OTHER_VENV = ROOT / ".venv-other"
 NPM = ROOT / "tests"
@@ -72,6 +76,8 @@ def prepare() -> Ready:
         main_venv()
         if not npm_packages():
             ready.failed.append("npm ci")
+        if not codec_tools():
+            ready.failed.append("codec.wasm's compiler")
         other = other_venv()
     ready.env["PATH"] = os.pathsep.join([str(VENV / "bin"), os.environ.get("PATH", os.defpath)])
     if other:
@@ -312,6 +318,67 @@ def npm_packages() -> bool:
     stamp.parent.mkdir(exist_ok=True)
     stamp.write_text(key)
     return True
+
+
+def codec_tools() -> bool:
+    """What shrink/web/codec.wasm is made with: a compiler and Zstandard's sources; False when that went wrong."""
+    if not _codec_platform():
+        say("codec.wasm's compiler is locked for Linux on x86-64 only: the test that rebuilds it skips")
+        return True
+    if codec_obstacle() is None:
+        return True
+    say("fetching codec.wasm's compiler into build/codec")
+    compiler, archives, sources = (CODEC_TOOLS / name for name in ("compiler", "archives", "zstd"))
+    requirement = CODEC_TOOLS / "zstandard.txt"
+    try:
+        remove(CODEC_TOOLS)
+        sources.mkdir(parents=True)
+        hashed = ("--quiet", "--no-deps", "--require-hashes")
+        call(*uv_command(), "pip", "install", *hashed, *into(VENV), "--target", compiler, "-r", CODEC_LOCK)
+        requirement.write_text(locked("zstandard", LOCK.read_text()))
+        # Only pip can fetch a source package and leave it as it is.
+        pip = (VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "download")
+        call(*pip, *hashed, "--no-binary", "zstandard", "--dest", archives, "-r", requirement)
+        (archive,) = archives.glob("zstandard-*.tar.gz")
+        unpack_zstd(archive, sources)
+    except (OSError, ValueError, subprocess.CalledProcessError, tarfile.TarError) as error:
+        say(str(error))
+        return False
+    (CODEC_TOOLS / STAMP).write_text(_codec_key())
+    return True
+
+
+def codec_obstacle() -> str | None:
+    """Why codec.wasm cannot be made here; None where it can."""
+    if not _codec_platform():
+        return "its compiler is locked for Linux on x86-64 only"
+    stamp = CODEC_TOOLS / STAMP
+    if not stamp.exists() or stamp.read_text() != _codec_key():
+        return "its compiler is not in build/codec, or is another one (`python3 -m tests` brings it)"
+    return None
+
+
+def codec_locks() -> list[str]:
+    """The exact versions, with hashes, of what codec.wasm is made with."""
+    return [CODEC_LOCK.read_text(), locked("zstandard", LOCK.read_text())]
+
+
+def _codec_key() -> str:
+    return digest([], *codec_locks())
+
+
+def _codec_platform() -> bool:
+    return (platform.system(), platform.machine()) == ("Linux", "x86_64")
+
+
+def unpack_zstd(archive: Path, folder: Path) -> None:
+    """Zstandard's sources, out of the sdist of zstandard into the folder."""
+    with tarfile.open(archive) as tar:
+        for member in tar.getmembers():
+            # zstandard-<version>/zstd/<file>: only plain files of that one folder, by their last name.
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None and Path(member.name).parts[1:-1] == ("zstd",):
+                (folder / Path(member.name).name).write_bytes(content.read())
 
 
 def debian_packages() -> None:

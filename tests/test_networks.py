@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 
 from benchmarks import train
 from shrink import formats, pipeline, recipe
-from shrink.errors import BadInput, ShrinkError, UsageError
+from shrink.errors import BadInput, MissingDependency, ShrinkError, UsageError
 from shrink.model import Model, Quantized, Source, Tensor
 from shrink.networks import chainer as networks
 from shrink.networks import legacy
@@ -167,6 +168,12 @@ def model_of(**arrays: Any) -> Model:
     return Model(tensors, Source("chainer-npz", Path("weights.npz"), 0))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_importable() -> Iterator[None]:
+    yield
+    networks._make_importable(str(ROOT))
+
+
 def network_file(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "netze für mich.py"
     path.write_text("import chainer\nimport chainer.links as L\n" + text, encoding="utf-8")
@@ -252,11 +259,88 @@ def test_a_file_that_fails(tmp_path: Path, text: str, call: str, words: str) -> 
     assert caught.value.file == path
 
 
-def test_no_other_file_is_run(tmp_path: Path) -> None:
+def test_a_network_that_is_made_already_takes_no_arguments(tmp_path: Path) -> None:
+    path = network_file(tmp_path, LINEAR)
+    for call in ("made(2)", "made(size=2)"):
+        with pytest.raises(UsageError, match="made is a network already and takes no arguments") as caught:
+            networks.load(f"{path}:{call}", model_of(l__W=W, l__b=B))
+        assert caught.value.file == path
+
+
+# The second of the imports waits until the chain is called.
+WITH_NEIGHBORS = """
+import json
+from layers import Block, SCALE
+class Net(Block):
+    def forward(self, x):
+        from deep.inside import shift
+        return super().forward(x) * SCALE + shift + json.loads("0")
+"""
+NEIGHBOR = """
+import chainer
+import chainer.links as L
+SCALE = {scale}
+class Block(chainer.Chain):
+    def __init__(self):
+        super().__init__()
+        with self.init_scope():
+            self.l = L.Linear(3, 2)
+    def forward(self, x):
+        return self.l(x)
+"""
+
+
+def with_neighbors(folder: Path, scale: int, shift: int) -> str:
+    (folder / "deep").mkdir(parents=True)
+    (folder / "layers.py").write_text(NEIGHBOR.format(scale=scale))
+    (folder / "deep" / "inside.py").write_text(f"shift = {shift}")
+    for name in ("json.py", "numpy.py", "not_asked_for.py"):
+        (folder / name).write_text("raise SystemExit('was run')")
+    return f"{network_file(folder, WITH_NEIGHBORS)}:Net"
+
+
+def test_a_neighbor_is_run_when_it_is_imported_and_not_otherwise(tmp_path: Path) -> None:
+    stored = model_of(l__W=W, l__b=B)
+    chain = networks.load(with_neighbors(tmp_path / "net", 2, 100), stored)
+    model, max_error = networks.to_onnx(chain, [(1, 3)], stored)
+    assert max_error <= 1e-5
+    assert {t.name for t in model.tensors} >= {"l/W", "l/b"}
+    [y] = networks.run(chain, [np.ones((1, 3), "f4")])
+    np.testing.assert_array_equal(y, [[108, 122]])
+
+
+def test_neighbors_of_one_network_are_not_those_of_another(tmp_path: Path) -> None:
+    before = list(sys.path)
+    stored, ones = model_of(l__W=W, l__b=B), [np.ones((1, 3), "f4")]
+    for number in (1, 2):
+        chain = networks.load(with_neighbors(tmp_path / str(number), number, 10 * number), stored)
+        [y] = networks.run(chain, ones)
+        np.testing.assert_array_equal(y, number * np.array([[4, 11]]) + 10 * number)
+        assert sys.path == [*before, str(tmp_path / str(number))]
+        assert "deep.inside" in sys.modules
+    # A network in a folder that Python looks into anyway.
+    (tmp_path / "known").mkdir()
+    path = network_file(tmp_path / "known", LINEAR)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path / "known")
+        networks.load(f"{path}:Net", stored)
+        assert sys.path == [str(tmp_path / "known"), *before]
+    assert not {"layers", "deep", "deep.inside"} & sys.modules.keys()
+
+
+def test_a_neighbor_that_fails(tmp_path: Path) -> None:
     (tmp_path / "beside_it.py").write_text("raise SystemExit('was run')")
     path = network_file(tmp_path, "import beside_it")
-    with pytest.raises(BadInput, match="No module named 'beside_it'"):
+    with pytest.raises(BadInput, match="running it failed: SystemExit: was run"):
         networks.load(f"{path}:Net", model_of(l__W=W, l__b=B))
+
+
+def test_a_folder_beside_a_network_is_no_library(tmp_path: Path) -> None:
+    (tmp_path / "not_installed").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        with pytest.raises(MissingDependency, match="not_installed"):
+            legacy._import("not_installed", extra="webdnn")
 
 
 @pytest.mark.parametrize(
@@ -272,6 +356,15 @@ def test_weights_that_do_not_fit(tmp_path: Path, arrays: dict[str, Any], words: 
     path = network_file(tmp_path, LINEAR)
     with pytest.raises(BadInput, match=words) as caught:
         networks.load(f"{path}:Net", model_of(**arrays))
+    assert caught.value.file == Path("weights.npz")
+
+
+def test_a_count_that_is_a_fraction(tmp_path: Path) -> None:
+    path = network_file(tmp_path, "def make():\n    return chainer.Sequential(L.BatchNormalization(2))\n")
+    two = np.ones(2, "f4")
+    arrays = {f"0__{name}": two for name in ("gamma", "beta", "avg_mean", "avg_var")}
+    with pytest.raises(BadInput, match="the network does not take these values: TypeError") as caught:
+        networks.load(f"{path}:make", model_of(**arrays, **{"0__N": np.float32(0.5)}))
     assert caught.value.file == Path("weights.npz")
 
 
@@ -403,6 +496,27 @@ def test_the_unet() -> None:
     assert len(unet.down) == len(unet.up) == 8
     [y] = networks.run(unet, networks.seeded_inputs([(1, 3, 256, 256)]))
     assert y.shape == (1, 3, 256, 256)
+
+
+def test_a_narrow_unet_becomes_onnx(tmp_path: Path) -> None:
+    """All that the large one is made of: links in lists, what goes around, and statistics of batches."""
+    chainer = import_chainer()
+    narrow = NETWORKS.read_text() + "\nclass Narrow(UNet):\n    WIDTHS = (2, 3, 4, 5, 5, 5, 5, 6)\n"
+    path = network_file(tmp_path, narrow)
+    wanted = chainer.serializers.DictionarySerializer()
+    with chainer.using_config("dtype", np.float32):
+        wanted.save(networks._run_file(path).Narrow())
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: np.abs(rng.standard_normal(np.shape(v), "f4")) if name.rpartition("/")[2] != "N" else np.int64(0)
+        for name, v in wanted.target.items()
+    }
+    stored = model_of(**{name.replace("/", "__"): values for name, values in arrays.items()})
+    chain = networks.load(f"{path}:Narrow", stored)
+    assert all(p.grad is None for p in chain.params()), "gradients take as much memory as the weights"
+    model, max_error = networks.to_onnx(chain, [(1, 3, 256, 256)], stored)
+    assert max_error <= 1e-5
+    assert {"down/7/W", "up/7/W", "down_bn/0/avg_var", "up_bn/6/gamma"} <= {t.name for t in model.tensors}
 
 
 def test_the_committed_generator_draws_digits(weights: Model) -> None:

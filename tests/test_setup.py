@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+import platform
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -244,6 +247,110 @@ def test_without_a_package_json_npm_is_not_run(npm: Path) -> None:
     assert not (npm / "runs.txt").exists()
 
 
+# What codec.wasm is made with
+
+
+class Fetched:
+    """build/codec in a folder of its own; what installs and downloads is only counted, and may be told to fail."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.done: list[str] = []
+        self.broken = False
+
+    def call(self, *command: str | Path, **_: object) -> None:
+        words = [str(c) for c in command]
+        assert "--require-hashes" in words
+        self.done.append("install" if "install" in words else "download")
+        if self.broken:
+            raise subprocess.CalledProcessError(1, words)
+        if self.done[-1] == "download":
+            archives = Path(words[words.index("--dest") + 1])
+            archives.mkdir()
+            sdist(archives / "zstandard-1.tar.gz", {"zstandard-1/zstd/zstd.c": tarfile.REGTYPE})
+
+
+def sdist(path: Path, members: dict[str, bytes]) -> None:
+    """An archive of members by their type, each with its own name as content, or as what it links to."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, kind in members.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            member.size = len(name) if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(name.encode()))
+
+
+@pytest.fixture
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetched:
+    fetched = Fetched(tmp_path / "codec")
+    monkeypatch.setattr(setup, "CODEC_TOOLS", fetched.folder)
+    monkeypatch.setattr(setup, "call", fetched.call)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    return fetched
+
+
+def test_codec_tools_are_fetched_once_for_each_lock(
+    fetched: Fetched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert setup.codec_obstacle()
+    assert setup.codec_tools()
+    assert setup.codec_tools()
+    assert fetched.done == ["install", "download"]
+    assert setup.codec_obstacle() is None
+    assert (fetched.folder / "zstd" / "zstd.c").read_text() == "zstandard-1/zstd/zstd.c"
+    (tmp_path / "lock").write_text("ziglang==0")
+    monkeypatch.setattr(setup, "CODEC_LOCK", tmp_path / "lock")
+    assert setup.codec_obstacle()
+    assert setup.codec_tools()
+    assert fetched.done == ["install", "download"] * 2
+
+
+def test_codec_tools_that_cannot_be_fetched_are_said_and_tried_again(
+    fetched: Fetched, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetched.broken = True
+    assert not setup.codec_tools()
+    assert "non-zero exit status" in capsys.readouterr().out
+    assert setup.codec_obstacle()
+    fetched.broken = False
+    assert setup.codec_tools()
+    assert setup.codec_obstacle() is None
+
+
+@pytest.mark.parametrize(("system", "machine"), [("Darwin", "x86_64"), ("Linux", "aarch64")])
+def test_elsewhere_no_compiler_is_fetched(
+    fetched: Fetched,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    system: str,
+    machine: str,
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert setup.codec_tools()
+    assert fetched.done == []
+    assert "skips" in capsys.readouterr().out
+    assert "x86-64" in (setup.codec_obstacle() or "")
+
+
+def test_only_plain_files_of_the_one_folder_are_unpacked(tmp_path: Path) -> None:
+    members = {
+        "z-1/zstd/zstd.c": tarfile.REGTYPE,
+        "z-1/zstd/zstd.h": tarfile.SYMTYPE,
+        "z-1/zstd/LICENSE": tarfile.LNKTYPE,
+        "z-1/zstd/deeper/zdict.h": tarfile.REGTYPE,
+        "z-1/setup.py": tarfile.REGTYPE,
+        "z-1/../zstd/outside.c": tarfile.REGTYPE,
+        "/z-1/zstd": tarfile.DIRTYPE,
+    }
+    sdist(tmp_path / "z.tar.gz", members)
+    folder = tmp_path / "zstd"
+    folder.mkdir()
+    setup.unpack_zstd(tmp_path / "z.tar.gz", folder)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["z.tar.gz", "zstd.c"]
+
+
 # The lock
 
 
@@ -286,8 +393,9 @@ def test_the_lock_meets_every_requirement(python: str) -> None:
         assert requirement.specifier.contains(locked[requirement.name])
 
 
-def test_every_locked_package_has_a_hash() -> None:
-    entries = setup.LOCK.read_text().replace("\\\n", " ").splitlines()
+@pytest.mark.parametrize("lock", [setup.LOCK, setup.CODEC_LOCK], ids=lambda path: path.name)
+def test_every_locked_package_has_a_hash(lock: Path) -> None:
+    entries = lock.read_text().replace("\\\n", " ").splitlines()
     assert all("--hash=sha256:" in e for e in entries if "==" in e and not e.lstrip().startswith("#"))
 
 

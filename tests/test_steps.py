@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from shrink.errors import BadInput
 from shrink.model import DTYPES
@@ -56,6 +57,7 @@ AFFINE = {"bits": 8, "axis": None, "block": None, "scale": "F32", "zero": False}
 ONE = np.float32(1).tobytes()
 ZLIB_OF_ABC = zlib.compress(b"abc")
 ZSTD_OF_ABC = bytes.fromhex("28b52ffd2003190000616263")
+ZSTD_CHECKED = zstandard.ZstdCompressor(write_checksum=True).compress(b"abc")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,15 @@ ZSTD_OF_ABC = bytes.fromhex("28b52ffd2003190000616263")
         ("zstd cut", [["zstd.1", {"size": 3}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC[:-2], (3,), "zstd.1"),
         ("zstd longer", [["zstd.1", {"size": 2}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (2,), "promised 2"),
         ("zstd shorter", [["zstd.1", {"size": 4}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (4,), "promised 4"),
+        (
+            "zstd checksum cut",
+            [["zstd.1", {"size": 3}], ["cast.1", {"from": "U8"}]],
+            ZSTD_CHECKED[:-4],
+            (3,),
+            "damaged",
+        ),
+        ("zstd twice", [["zstd.1", {"size": 3}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC * 2, (3,), "damaged"),
+        ("zstd and more", [["zstd.1", {"size": 3}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC + b"!", (3,), "damaged"),
         ("zstd huge", [["zstd.1", {"size": 1 << 40}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (3,), "size"),
         ("size is true", [["zstd.1", {"size": True}], ["cast.1", {"from": "U8"}]], ZSTD_OF_ABC, (1,), "size"),
         ("deflate bad", [["deflate.1", {"size": 3}], ["cast.1", {"from": "U8"}]], b"nozlib", (3,), "damaged"),

@@ -17,19 +17,17 @@ to know, and the page beside the network is the same for all targets.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from shrink.errors import UsageError
 from shrink.model import Model
 from shrink.pipeline import Change
 from shrink.progress import Progress
 from shrink.recipe import Recipe
+from shrink.registry import modules, named
 
 __all__ = ["Exported", "Network", "Target", "all_targets", "by_name"]
 
@@ -69,12 +67,8 @@ class Target(Protocol):
 
 @cache
 def all_targets() -> tuple[Target, ...]:
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)
+    return modules(__name__, __path__)
 
 
 def by_name(name: str) -> Target:
-    for candidate in all_targets():
-        if name == candidate.NAME:
-            return candidate
-    raise UsageError(f"there is no target {name!r}", hint="known: " + ", ".join(t.NAME for t in all_targets()))
+    return named(all_targets(), name, "target")

@@ -1,8 +1,9 @@
 """ONNX Runtime Web: the graph as a small .onnx file, the weights beside it in our container.
 
 The page's adapter decodes the weights and hands them to stock ONNX Runtime Web as external data, so that any mode of
-ours runs, at float32 precision, and what the visitor downloads is as small as our container makes it. The largest
-file is the runtime itself: it is stored gzipped and inflated by the browser, which no host has to be set up for.
+ours runs, at the precision of the graph, and what the visitor downloads is as small as our container makes it. The
+largest file is the runtime itself: it is stored gzipped and inflated by the browser, which no host has to be set up
+for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from shrink.errors import BadInput, UsageError
 from shrink.export import Exported, Network, _npm
 from shrink.files import atomic_file
 from shrink.formats._onnx_proto import NAMED_DTYPES, Reader, clear, parse
-from shrink.model import Entry, Model
+from shrink.model import DTYPES, Entry, Model, Quantized
 from shrink.pipeline import Change, decided, drop_state, quantized
 from shrink.progress import Progress
 from shrink.recipe import Recipe
@@ -41,8 +42,13 @@ _NEWEST_OPSET = 22
 # Shape inference needs the values of shapes, axes and the like while the session is built, so that these, and all
 # that is too small to gain anything, stay in the graph.
 _SMALL_BYTES = 1024
-# The loader gives these as they are; float16 it widens, which would not fit the graph.
-_OUTSIDE = frozenset(np.dtype(t) for t in ("<f4", "<f8", "i1", "u1"))
+# What the adapter can hand over: the loader gives float32 where float16 or a coded float64 belongs, and the adapter
+# makes that of it.
+_F64 = np.dtype("<f8")
+_FLOATS = frozenset({np.dtype("<f2"), np.dtype("<f4"), _F64})
+_BYTES = frozenset({np.dtype("i1"), np.dtype("u1")})
+# ONNX Runtime gives outputs, and takes inputs, as properties of an object, where this one is none.
+_NO_PROPERTY = "__proto__"
 # Packed once and downloaded often: high enough that both coders are tried on every tensor.
 _LEVEL = 10
 _GZIP_LEVEL = 10
@@ -80,6 +86,7 @@ def export(
         _check_opset(proto, source)
     proto.ir_version = min(proto.ir_version, _NEWEST_IR)
     inputs = _inputs(proto, network.input_shapes, source)
+    outputs = [{"name": _property(output.name, "output", source)} for output in proto.graph.output]
     found = _npm.find(PACKAGE, runtime, progress)
 
     changes: list[Change] = []
@@ -98,8 +105,9 @@ def export(
     _put(folder / "model.onnx", proto.SerializeToString(deterministic=True))
     page = {
         "backend": backend,
+        "float16": _has_float16(proto),
         "inputs": inputs,
-        "outputs": [{"name": output.name} for output in proto.graph.output],
+        "outputs": outputs,
         "model": "model.onnx",
         "weights": "weights.safetensors",
         "external": external,
@@ -161,8 +169,23 @@ def _inputs(proto: ModelProto, shapes: tuple[tuple[int, ...], ...], source: Path
         dtype = NAMED_DTYPES.get(info.type.tensor_type.elem_type)
         if dtype is None or not info.type.HasField("tensor_type"):
             raise BadInput(f"its input {info.name!r} is not of numbers", file=source)
-        out.append({"name": info.name, "dtype": dtype.name, "shape": list(shape)})
+        out.append({"name": _property(info.name, "input", source), "dtype": dtype.name, "shape": list(shape)})
     return out
+
+
+def _property(name: str, what: str, source: Path) -> str:
+    if name == _NO_PROPERTY:
+        raise BadInput(f"its {what} is named {name}, which no page can give ONNX Runtime", file=source)
+    return name
+
+
+def _has_float16(proto: ModelProto) -> bool:
+    """Whether it computes in float16 anywhere, for which not every WebGPU is made."""
+    types = {i.data_type for i in proto.graph.initializer}
+    types |= {info.type.tensor_type.elem_type for info in (*proto.graph.input, *proto.graph.output)}
+    attributes = [a for node in proto.graph.node if node.op_type in ("Cast", "Constant") for a in node.attribute]
+    types |= {number for a in attributes for number in (a.i, a.t.data_type)}
+    return any(NAMED_DTYPES.get(number) == np.float16 for number in types)
 
 
 def graph_inputs(proto: ModelProto) -> list[ValueInfoProto]:
@@ -192,12 +215,13 @@ def _externalized(
             )
         nbytes = entry.size * dtype.itemsize
         clear(slot)
-        if dtype not in _OUTSIDE or entry.dtype != dtype or nbytes <= _SMALL_BYTES:
-            slot.raw_data = entry.array.astype(dtype, copy=False).tobytes()
+        if not _travels(entry, dtype, nbytes):
+            with np.errstate(over="ignore"):
+                slot.raw_data = entry.array.astype(dtype, copy=False).tobytes()
             continue
         # Not the tensor's name: the runtime takes this for a path.
         location = f"weight-{len(external)}"
-        external[entry.name] = {"location": location, "bytes": nbytes}
+        external[entry.name] = {"location": location, "bytes": nbytes, "dtype": dtype.name}
         slot.data_location = slot.EXTERNAL
         slot.external_data.add(key="location", value=location)
         slot.external_data.add(key="offset", value="0")
@@ -205,6 +229,23 @@ def _externalized(
         yield entry
     for name in slots:
         raise BadInput("the graph needs it, but the model does not have it", file=source, tensor=name)
+
+
+def _travels(entry: Entry, dtype: np.dtype[Any], nbytes: int) -> bool:
+    """Whether the page can make the graph's values, of `dtype`, from what the container holds."""
+    if dtype in _BYTES:
+        return entry.dtype == dtype and nbytes > _SMALL_BYTES
+    if not {dtype, entry.dtype} <= _FLOATS:
+        return False
+    stored = entry.dtype
+    if isinstance(entry, Quantized):
+        if entry.steps[-1].name != "cast.1":
+            # However small: in the graph they would be plain numbers again.
+            return True
+        stored = DTYPES[entry.steps[-1].params["from"]]
+    # The page narrows float32 only, and widens what is narrower.
+    fits = entry.dtype == dtype if stored == _F64 else stored in _FLOATS
+    return nbytes > _SMALL_BYTES and fits
 
 
 def _float32_bytes(model: Model) -> int:

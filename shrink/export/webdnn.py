@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from shrink import formats, pipeline
-from shrink.errors import BadInput, MissingDependency, OutputError, ShrinkError, UsageError, printable
+from shrink.errors import BadInput, MissingDependency, OutputError, ShrinkError, UsageError, blaming, printable
 from shrink.export import Exported, Network, _npm
 from shrink.files import io_errors
 from shrink.model import Quantized
@@ -99,7 +99,8 @@ def export(
     compiler = _compiler()
     descriptor = _converted(network)
     package = _npm.find(NAME, runtime, progress)
-    _write(descriptor, folder / MODEL, compiler)
+    with blaming(network.title):
+        _write(descriptor, folder / MODEL, compiler)
     weights, changes = _quantize(folder / MODEL, recipe, progress) if recipe else (f"weight_{BACKEND}.bin", ())
     page = {
         "backend": BACKEND,
@@ -211,7 +212,7 @@ def _compile(source: Path, output: Path, heap_bytes: int, compiler: list[str]) -
         *("-O3", "-std=c++14", "-msimd128", "-Wno-everything"),
         *(word for setting in settings for word in ("-s", setting)),
         *("--pre-js", str(Path(generator.__file__).with_name("webassembly_header.js"))),
-        *("-o", str(output.absolute()), str(source)),
+        *("-o", str(output.absolute()), source.name),
     ]
     # emscripten's optimizer of JavaScript looks for acorn among node's packages; Debian keeps them here.
     packages = os.pathsep.join(filter(None, [os.environ.get("NODE_PATH"), str(_NODE_PACKAGES)]))
@@ -224,8 +225,12 @@ def _compile(source: Path, output: Path, heap_bytes: int, compiler: list[str]) -
         cwd=source.parent,
     )
     if done.returncode != 0:
-        errors = [line for line in done.stderr.decode(errors="replace").splitlines() if "error" in line]
-        raise OutputError(f"emscripten failed: {printable((errors or ['it does not say why'])[0])}", file=output)
+        # Where it worked is gone when the user reads this.
+        said = done.stderr.decode(errors="replace")
+        for folder in (output.absolute().parent, source.parent):
+            said = said.replace(f"{folder}{os.sep}", "")
+        errors = [line for line in said.splitlines() if "error" in line]
+        raise OutputError(f"emscripten failed: {printable((errors or ['it does not say why'])[0])}")
 
 
 @contextmanager

@@ -16,8 +16,6 @@ A format is a module with:
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Protocol
 from shrink.errors import BadInput, UsageError
 from shrink.files import io_errors
 from shrink.model import Entry, Model
+from shrink.registry import modules, named
 
 __all__ = ["Format", "all_formats", "by_name", "for_output", "sniff"]
 
@@ -42,15 +41,11 @@ class Format(Protocol):
 
 @cache
 def all_formats() -> tuple[Format, ...]:
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    return tuple(importlib.import_module(f"{__name__}.{name}") for name in names)
+    return modules(__name__, __path__)
 
 
 def by_name(name: str) -> Format:
-    for candidate in all_formats():
-        if name == candidate.NAME:
-            return candidate
-    raise UsageError(f"there is no format {name!r}", hint="known: " + ", ".join(f.NAME for f in all_formats()))
+    return named(all_formats(), name, "format")
 
 
 def sniff(path: Path) -> Format:

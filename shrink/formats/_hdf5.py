@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import threading
 import weakref
 from collections.abc import Mapping
@@ -20,7 +21,17 @@ from shrink.formats._hdf5_child import DEFLATE_RATIO, FILL_BYTES_AT_MOST, Array,
 from shrink.formats._hdf5_process import CRASHED, Child, Crash, Gone, Refused, started, used
 from shrink.model import check_name, dtype_code
 
-__all__ = ["SIGNATURE", "Attribute", "Dataset", "File", "holds_keras", "is_attribute", "is_hdf5", "opened"]
+__all__ = [
+    "SIGNATURE",
+    "Attribute",
+    "Dataset",
+    "File",
+    "holds_keras",
+    "holds_keras3",
+    "is_attribute",
+    "is_hdf5",
+    "opened",
+]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -220,11 +231,26 @@ def opened(path: Path) -> File:
 
 
 def holds_keras(path: Path) -> bool:
-    """Whether the HDF5 file at `path` is a Keras model. False for a damaged file, which `opened` will refuse."""
+    """Whether the HDF5 file at `path` is a model of Keras 1 or 2. False for a damaged file: `opened` will refuse it."""
     found = _look(path, keep=True)
     if isinstance(found, BadInput):
         return False
-    return "model_weights" in found.groups or any(a in ("layer_names", "layer_names0") for a in found.groups[""])
+    return _is_keras(found)
+
+
+def _is_keras(file: File) -> bool:
+    return "model_weights" in file.groups or any(a in ("layer_names", "layer_names0") for a in file.groups[""])
+
+
+def holds_keras3(path: Path) -> bool:
+    """Whether the HDF5 file at `path` holds Keras 3 weights: numbered variables, and no values but in a `vars`."""
+    found = _look(path, keep=True)
+    if isinstance(found, BadInput) or _is_keras(found):
+        return False
+    places = [dataset.name.rpartition("/") for dataset in found.datasets]
+    return all(above.rpartition("/")[2] == "vars" for above, _, _ in places) and any(
+        re.fullmatch("[0-9]+", name) for _, _, name in places
+    )
 
 
 def _look(path: Path, *, keep: bool) -> File | BadInput:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shrink.errors import BadInput
 from shrink.formats._onnx_proto import AT_MOST_BYTES, NAMED_DTYPES, Names, library
 from shrink.model import Entry, Quantized, plain_values
-from shrink.steps import DTYPES, TABLES, decode_bytes, groups
+from shrink.steps import DTYPES, TABLES, decode_bytes, from_bfloat16, groups
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -286,7 +286,7 @@ def _affine(entry: Quantized) -> tuple[int, _Emit]:
         elif writer.opset >= _BFLOAT16_OPSET:
             scale = groupwise(writer, f"{name}.scale", scales, [writer.cast("F32")], _BFLOAT16)
         else:
-            scale = groupwise(writer, f"{name}.scale", (scales.astype("<u4") << 16).view("<f4"), [])
+            scale = groupwise(writer, f"{name}.scale", from_bfloat16(scales), [])
         ops.append(_Op("Mul", (scale,)))
         if spread:
             ops.append(writer.reshape(moved))

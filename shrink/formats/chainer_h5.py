@@ -9,7 +9,6 @@ the attribute `hdf5` as JSON, {"none": [paths], "groups": [paths], "trainer": wh
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -18,38 +17,38 @@ import numpy as np
 
 from shrink.errors import BadInput
 from shrink.formats import _hdf5, _hdf5_write
-from shrink.model import Entry, Model, Role, Source, Tensor, plain_values
+from shrink.formats._trainer import is_trainer, model_prefix, role_of
+from shrink.model import Entry, Model, Source, Tensor, plain_values
 
 NAME = "chainer-h5"
 SUFFIX = ".h5"
 HOLDS = frozenset({"float32", "float16"})
 
-_TRAINER_WEIGHT = re.compile(r"^updater/model:[^/]*/")
 _EXTRAS = "hdf5"
 
 
 def sniff(path: Path, head: bytes) -> bool:
     if _hdf5.is_hdf5(head):
-        return not _hdf5.holds_keras(path)
+        return not (_hdf5.holds_keras(path) or _hdf5.holds_keras3(path))
     # Named as one, but not one: `read` says so.
     return bool(head) and path.suffix.lower() == SUFFIX
 
 
 def read(path: Path) -> Model:
     file = _hdf5.opened(path)
-    is_trainer = any(_TRAINER_WEIGHT.match(d.name) for d in file.datasets)
+    of_trainer = is_trainer(d.name for d in file.datasets)
     tensors: list[Tensor] = []
     none: list[str] = []
     for dataset in file.datasets:
         if dataset.dtype is None or dataset.shape is None:
             none.append(dataset.name)
             continue
-        role: Role = "state" if is_trainer and not _TRAINER_WEIGHT.match(dataset.name) else "weight"
+        role = role_of(dataset.name, of_trainer)
         tensors.append(Tensor(dataset.name, dataset.dtype, dataset.shape, partial(file.load, dataset), role))
-    attributes = {"trainer": "1"} if is_trainer else {}
+    attributes = {"trainer": "1"} if of_trainer else {}
     bare = file.bare_groups()
     if none or bare:
-        extras = {"none": none, "groups": bare, "trainer": is_trainer}
+        extras = {"none": none, "groups": bare, "trainer": of_trainer}
         attributes[_EXTRAS] = json.dumps(extras, ensure_ascii=False)
     return Model(tuple(tensors), Source(NAME, path, file.size_bytes), attributes)
 
@@ -66,7 +65,7 @@ def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None)
         for entry in entries:
             out.put(entry.name, np.asarray(plain_values(entry)), entry.name, pack=True)
             names.append(entry.name)
-        if from_trainer and "trainer" not in model.attributes and not any(map(_TRAINER_WEIGHT.match, names)):
+        if from_trainer and "trainer" not in model.attributes and not is_trainer(names):
             # The training state was dropped and the weights renamed; what is neither goes the same way.
             none, groups = _of_the_model(none), _of_the_model(groups)
         for name in none:
@@ -77,7 +76,7 @@ def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None)
 
 
 def _of_the_model(names: list[str]) -> list[str]:
-    return [_TRAINER_WEIGHT.sub("", name) for name in names if _TRAINER_WEIGHT.match(name)]
+    return [name.removeprefix(prefix) for name in names if (prefix := model_prefix(name))]
 
 
 def _extras(model: Model) -> tuple[list[str], list[str], bool]:

@@ -6,7 +6,6 @@ weight there has the role `state`.
 
 from __future__ import annotations
 
-import re
 import tokenize
 import warnings
 import zipfile
@@ -21,13 +20,13 @@ from numpy.typing import NDArray
 
 from shrink.errors import BadInput
 from shrink.files import atomic_file, file_size, io_errors
-from shrink.model import Entry, Model, Role, Source, Tensor, check_name, check_shape, dtype_code, plain_values
+from shrink.formats._trainer import is_trainer, role_of
+from shrink.model import Entry, Model, Source, Tensor, check_name, check_shape, dtype_code, plain_values
 
 NAME = "chainer-npz"
 SUFFIX = ".npz"
 HOLDS = frozenset({"float32", "float16"})
 
-_TRAINER_WEIGHT = re.compile(r"^updater/model:[^/]*/")
 _NPY_HEADER_AT_MOST = 10_000
 # Deflate cannot do better than 1032 to 1; a member that claims more is not believed.
 _DEFLATE_RATIO = 1032
@@ -56,6 +55,8 @@ def read(path: Path) -> Model:
             archive = zipfile.ZipFile(path)
         except _DAMAGE as error:
             raise BadInput(f"not a readable zip archive: {error}", file=path) from None
+        if "model.weights.h5" in archive.namelist():
+            raise BadInput("a Keras 3 model, whose weights are a file in it", file=path, hint="unzip model.weights.h5")
         # The archive stays open as long as its tensors: opening it reads the whole directory.
         members: dict[str, zipfile.ZipInfo] = {}
         for member in archive.infolist():
@@ -64,10 +65,10 @@ def read(path: Path) -> Model:
             if name in members:
                 raise BadInput("the archive holds this name twice", file=path, tensor=name)
             members[name] = member
-        is_trainer = any(_TRAINER_WEIGHT.match(n) for n in members)
+        of_trainer = is_trainer(members)
         size = file_size(path)
-        tensors = [_tensor(archive, member, name, path, is_trainer, size) for name, member in members.items()]
-    return Model(tuple(tensors), Source(NAME, path, size), {"trainer": "1"} if is_trainer else {})
+        tensors = [_tensor(archive, member, name, path, of_trainer, size) for name, member in members.items()]
+    return Model(tuple(tensors), Source(NAME, path, size), {"trainer": "1"} if of_trainer else {})
 
 
 def _tensor_name(filename: str, path: Path) -> str:
@@ -77,7 +78,7 @@ def _tensor_name(filename: str, path: Path) -> str:
 
 
 def _tensor(
-    archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, path: Path, is_trainer: bool, archive_bytes: int
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, path: Path, of_trainer: bool, archive_bytes: int
 ) -> Tensor:
     def bad(what: str) -> BadInput:
         return BadInput(what, file=path, tensor=name)
@@ -113,8 +114,7 @@ def _tensor(
         values = values.reshape(shape, order="F" if fortran else "C")
         return np.ascontiguousarray(values.astype(little, copy=False)).reshape(shape)
 
-    role: Role = "state" if is_trainer and not _TRAINER_WEIGHT.match(name) else "weight"
-    return Tensor(name, little, shape, load, role)
+    return Tensor(name, little, shape, load, role_of(name, of_trainer))
 
 
 def _npy_header(file: IO[bytes], bad: Callable[[str], BadInput]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-from collections.abc import Iterable
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from shrink import container
-from shrink.errors import BadInput, printable
-from shrink.files import file_size, inside, read_all
-from shrink.model import Entry, Model, Source
+from shrink import container, parts
+from shrink.errors import BadInput, ShrinkError, printable
+from shrink.files import file_size, inside, io_errors
+from shrink.model import Entry, Model, Source, Tensor
 
 NAME = "safetensors"
 SUFFIX = ".safetensors"
 HOLDS = frozenset({"float32", "float16", "eightbit", "int8", "int4"})
 
-_INDEX_AT_MOST = 100_000_000
+T = TypeVar("T")
 
 
 def sniff(path: Path, head: bytes) -> bool:
@@ -33,23 +36,66 @@ def read(path: Path) -> Model:
     return Model(contents.entries, source, contents.attributes, contents.graph)
 
 
+class _Joined:
+    """The whole file, put together for as long as somebody holds this."""
+
+    def __init__(self, index: Path):
+        said = parts.read_index(index)
+        with io_errors(Path(tempfile.gettempdir())):
+            handle, name = tempfile.mkstemp(SUFFIX, "shrink-")
+            self.path, self.index = Path(name), index
+            weakref.finalize(self, self.path.unlink, missing_ok=True)
+            with os.fdopen(handle, "wb") as out:
+                parts.join(index.parent, said.parts, out, file=index)
+
+    def reading(self, load: Callable[[], T]) -> Callable[[], T]:
+        """`load`, which reads the whole file, and blames the index where that is wrong."""
+
+        def read() -> T:
+            try:
+                return load()
+            except ShrinkError as error:
+                if error.file == self.path:
+                    error.file = self.index
+                raise
+
+        return read
+
+
+def _read_joined(path: Path) -> Model:
+    """The model of a file that shrink split: the very same as of the whole."""
+    whole = _Joined(path)
+    contents = whole.reading(lambda: container.read(whole.path))()
+    entries = tuple(_held(entry, whole) for entry in contents.entries)
+    source = Source(contents.source or NAME, path, file_size(whole.path))
+    return Model(entries, source, contents.attributes, contents.graph)
+
+
+def _held(entry: Entry, whole: _Joined) -> Entry:
+    if isinstance(entry, Tensor):
+        return dataclasses.replace(entry, load=whole.reading(entry.load))
+    return dataclasses.replace(entry, load=whole.reading(entry.load))
+
+
 def _read_sharded(path: Path) -> Model:
+    index, _ = parts.read_json(path)
+    if "shrink" in index:
+        return _read_joined(path)
     try:
-        index = json.loads(read_all(path, at_most=_INDEX_AT_MOST))
-        weight_map = dict(index["weight_map"])
+        weight_map: dict[str, Any] = dict(index["weight_map"])
         if not all(isinstance(v, str) for v in weight_map.values()):
             raise TypeError
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         raise BadInput("not a valid index of shards: no weight_map of names to files", file=path) from None
     entries: dict[str, Entry] = {}
     size = file_size(path)
-    parts = []
+    shards = []
     for shard in sorted(set(weight_map.values())):
         shard_path = inside(path.parent, shard, file=path)
         if not os.path.isfile(shard_path):
             raise BadInput(f"its shard {printable(shard)} is missing", file=path)
         part = container.read(shard_path)
-        parts.append(part)
+        shards.append(part)
         size += file_size(shard_path)
         for entry in part.entries:
             if weight_map.get(entry.name) != shard:
@@ -60,7 +106,7 @@ def _read_sharded(path: Path) -> Model:
             raise BadInput(
                 f"the index promises it in {weight_map[name]}, which does not hold it", file=path, tensor=name
             )
-    first = parts[0] if parts else container.Contents(())
+    first = shards[0] if shards else container.Contents(())
     return Model(tuple(entries.values()), Source(first.source or NAME, path, size), first.attributes, first.graph)
 
 

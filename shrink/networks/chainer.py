@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 import warnings
@@ -39,11 +40,13 @@ def is_network(spec: str) -> bool:
 def load(spec: str, weights: Model) -> Any:
     """The chain that `spec` names, with these weights.
 
-    This runs the file, and only that one, as if the user had. Arguments are literals: `networks.py:Generator(100)`.
-    A name without arguments is called too, unless it is a chain already.
+    This runs the file as if the user had: what lies beside it is run where it imports it, and not otherwise.
+    Arguments are literals: `networks.py:Generator(100)`. A name without arguments is called too, unless it is a chain
+    already.
 
     Raises:
-        UsageError: `spec` is not FILE.py:NAME or FILE.py:NAME(literals), or the file has no such name.
+        UsageError: `spec` is not FILE.py:NAME or FILE.py:NAME(literals), the file has no such name, or the name is a
+            chain already and gets arguments.
         BadInput: the file or the call fails, gives no chain, or weights and parameters are not the same.
         MissingDependency: Chainer is not installed.
     """
@@ -56,7 +59,10 @@ def load(spec: str, weights: Model) -> Any:
     made = getattr(_run_file(path), name, None)
     if made is None:
         raise UsageError(f"there is no {name} in it", file=path)
-    if not isinstance(made, chainer.Link) or isinstance(made, type):
+    if isinstance(made, chainer.Link):
+        if arguments or keywords:
+            raise UsageError(f"{name} is a network already and takes no arguments", file=path, hint=f"give :{name}")
+    else:
         try:
             made = made(*arguments, **keywords)
         except Exception as error:
@@ -145,11 +151,46 @@ def _run_file(path: Path) -> ModuleType:
     # Where dataclasses and the like look for the module of a class.
     sys.modules[module.__name__] = module
     source = read_all(path, at_most=_SOURCE_AT_MOST)
+    _make_importable(os.path.abspath(path.parent))
     try:
         exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         raise BadInput(f"running it failed: {_said(error)}", file=path) from error
     return module
+
+
+# The folder of the network that was loaded last, where it had to be put on sys.path.
+_folder_on_path: str | None = None
+
+
+def _make_importable(folder: str) -> None:
+    """Let a network file import what lies in its folder, as it can when Python itself runs it.
+
+    The folder comes last, so that a neighbour called json.py hides nothing. It stays until the next network is loaded,
+    for the chain may import when it is called, which exporting it does again and again. What was imported from it is
+    forgotten then: a neighbour of one network must not be taken for the other's of the same name.
+    """
+    global _folder_on_path
+    last, _folder_on_path = _folder_on_path, None
+    if last is not None:
+        if last in sys.path:
+            sys.path.remove(last)
+        for name in [name for name, module in sys.modules.items() if _lies_in(last, name, module)]:
+            del sys.modules[name]
+    if folder not in map(os.path.abspath, sys.path):
+        sys.path.append(folder)
+        _folder_on_path = folder
+
+
+def _lies_in(folder: str, name: str, module: Any) -> bool:
+    """Whether a module was found by `folder` on sys.path: it, or the package that it belongs to, lies right there."""
+    spec = getattr(sys.modules.get(name.partition(".")[0], module), "__spec__", None)
+    if spec is None:
+        return False
+    places = list(spec.submodule_search_locations or ())
+    # What is built in has an origin too, which is no path.
+    places += [spec.origin] if spec.has_location else []
+    return any(os.path.dirname(os.path.abspath(place)) == folder for place in places)
 
 
 def _said(error: BaseException) -> str:
@@ -181,7 +222,12 @@ def _fill(chain: Any, weights: Model) -> None:
         if has_shape and np.shape(value) != tensor.shape:
             raise fault(name, f"it has the shape {tensor.shape}, the network wants {np.shape(value)}")
     values = {name: _float32(tensor.array) for name, tensor in given.items()}
-    serializers.NpzDeserializer(values).load(chain)
+    try:
+        serializers.NpzDeserializer(values).load(chain)
+    except Exception as error:
+        raise BadInput(f"the network does not take these values: {_said(error)}", file=weights.source.path) from error
+    # As large as the weights, and only training has a use for them.
+    chain.cleargrads()
 
 
 def _float32(values: NDArray[Any]) -> NDArray[Any]:

@@ -96,11 +96,15 @@ def _import(name: str, *, extra: str) -> ModuleType:
         with warnings.catch_warnings(), _mending():
             # Spellings that only warn today, as a backslash in a string; and that they are old.
             warnings.simplefilter("ignore")
-            return importlib.import_module(name)
+            module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name.partition(".")[0]:
             raise MissingDependency(name, extra) from None
         raise
+    if module.__spec__ is not None and not module.__spec__.has_location:
+        # A folder of that name beside a network file, which Python takes for a package where nothing is installed.
+        raise MissingDependency(name, extra)
+    return module
 
 
 @contextmanager

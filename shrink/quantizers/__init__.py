@@ -13,8 +13,6 @@ dataclass of its parameters with
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -24,6 +22,7 @@ from numpy.typing import NDArray
 
 from shrink.errors import UsageError
 from shrink.model import Quantized
+from shrink.registry import modules
 
 __all__ = ["Kept", "Quantizer", "by_mode", "modes", "parameters_of"]
 
@@ -48,10 +47,7 @@ class Quantizer(Protocol):
 @cache
 def modes() -> dict[str, Quantizer]:
     """Every mode's name and its quantizer with default parameters."""
-    found: dict[str, Quantizer] = {}
-    for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")):
-        found.update(importlib.import_module(f"{__name__}.{module}").MODES)
-    return found
+    return {mode: quantizer for module in modules(__name__, __path__) for mode, quantizer in module.MODES.items()}
 
 
 def parameters_of(quantizer: Quantizer) -> frozenset[str]:

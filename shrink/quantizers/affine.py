@@ -7,6 +7,7 @@ squared error wins, and its scale is refitted by least squares to the codes it g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shrink.model import DTYPES, Quantized
-from shrink.steps import Step, groups
+from shrink.steps import Step, from_bfloat16, groups
 
 F32 = NDArray[np.float32]
 I8 = NDArray[np.int8]
 
 _SHRINK = {8: (1.0, 0.96, 0.92, 0.88), 4: (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64)}
+# The class of a layer and the number of its variable.
+_KERAS_3 = re.compile(r"(?P<layer>[^/]*)/vars/(?P<number>[0-9]{1,9})$")
 # Values coded at once: bounds the working memory to some tens of megabytes.
 _BATCH = 1 << 20
 # The least scale: smaller ones would lose precision as denormals. Weights this small become 0.
@@ -129,14 +132,24 @@ def output_axis(name: str, shape: tuple[int, ...]) -> int | None:
     """The axis of channels, along which weights differ most in size; None for a tensor without axes.
 
     The first: output channels of convolutions and dense layers in Chainer, ONNX and PyTorch, input channels of their
-    deconvolutions. The last in Keras, whose weights are called `kernel:0`; in a depthwise kernel the one before it.
+    deconvolutions. The last in Keras, whose weights are called `kernel:0`, or in Keras 3 by a layer's class and a
+    number as in `layers/dense_1/vars/0`; in a depthwise kernel the one before it. An embedding has a row for each
+    symbol.
     """
     if len(shape) < 2:
         return None
-    leaf = name.rsplit("/", 1)[-1]
+    keras3 = _KERAS_3.search(name)
+    leaf = _keras_name(keras3["layer"], int(keras3["number"])) if keras3 else name.rsplit("/", 1)[-1]
     if "depthwise_kernel" in leaf:
         return max(len(shape) - 2, 0)
     return len(shape) - 1 if "kernel" in leaf else 0
+
+
+def _keras_name(layer: str, number: int) -> str:
+    """What Keras calls a weight that Keras 3 stores by its layer's class and a number."""
+    if "depthwise" in layer or (layer.startswith("separable") and number == 0):
+        return "depthwise_kernel"
+    return "embeddings" if layer.startswith("embedding") else "kernel"
 
 
 def _batches(matrix: F32, width: int) -> Iterator[tuple[slice, slice, F32, int]]:
@@ -167,7 +180,7 @@ def _round_scales(scales: F32, scale_type: str) -> tuple[F32, NDArray[np.generic
     bits = np.ascontiguousarray(scales, "<f4").view("<u4")
     # Round to nearest even on the upper 16 bits.
     upper = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-    return (upper.astype("<u4") << 16).view("<f4").astype(np.float32), upper
+    return from_bfloat16(upper), upper
 
 
 MODES = {"int8": Affine(bits=8, block=0), "int4": Affine(bits=4, block=32)}

@@ -82,7 +82,7 @@ export function codebook(bytes, params, { dtype }) {
   return convert(out, "F32", dtype, params);
 }
 
-export function affine(bytes, params, { dtype, shape }) {
+export function affine(bytes, params, { dtype, shape, codec }) {
   const bits = params.choice("bits", [4, 8]);
   const axis = params.optionalInteger("axis", 0, shape.length - 1);
   const block = params.optionalInteger("block", 1, 2 ** 30);
@@ -98,14 +98,15 @@ export function affine(bytes, params, { dtype, shape }) {
   const codeBytes = bits === 8 ? count : Math.ceil(count / 2);
   const size = scaleBytes + zeroBytes + codeBytes;
   if (bytes.length !== size) throw params.bad(`${bytes.length} bytes are there where ${size} belong`);
-  const stored = bytes.subarray(0, scaleBytes);
+  // Copies: what lies in the codec's memory may have moved when the codes are unpacked.
+  const stored = bytes.slice(0, scaleBytes);
   const scales = scaleType === "F32" ? view(stored, Float32Array) : widen(view(stored, Uint16Array), "BF16");
   const largest = magnitude(scales);
   if (!(largest < Infinity)) throw params.bad("a scale is not finite");
-  const zeros = hasZero ? view(bytes.subarray(scaleBytes, scaleBytes + zeroBytes), Int8Array) : null;
+  const zeros = hasZero ? view(bytes.slice(scaleBytes, scaleBytes + zeroBytes), Int8Array) : null;
   const packed = bytes.subarray(scaleBytes + zeroBytes);
   if (bits === 4 && count % 2 && packed[packed.length - 1] >> 4) throw params.bad("there are codes past the end");
-  const codes = bits === 8 ? view(packed, Int8Array) : nibbles(packed);
+  const codes = bits === 8 ? view(packed, Int8Array) : codec.nibbles(packed);
   const values = dequantize(codes, scales, zeros, rows, perRow, block ?? perRow);
   // No difference of two codes is above 255, so that with ordinary scales nothing can overflow.
   if (largest > 1e36 && !(magnitude(values) < Infinity)) {
@@ -119,19 +120,6 @@ function magnitude(values) {
   let largest = 0;
   for (let i = 0; i < values.length; i++) largest = Math.max(largest, Math.abs(values[i]));
   return largest;
-}
-
-/** Two signed codes of four bits per byte, the lower one first. */
-function nibbles(packed) {
-  const pairs = new Uint16Array(256);
-  const signed = new Int8Array(pairs.buffer);
-  for (let byte = 0; byte < 256; byte++) {
-    signed[2 * byte] = ((byte & 15) ^ 8) - 8;
-    signed[2 * byte + 1] = ((byte >> 4) ^ 8) - 8;
-  }
-  const out = new Uint16Array(packed.length);
-  for (let i = 0; i < packed.length; i++) out[i] = pairs[packed[i]];
-  return new Int8Array(out.buffer);
 }
 
 /** (code − zero) · scale: the difference is exact, the product rounded once, when it is stored. */

@@ -8,6 +8,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 
 from tests.samples import Damaged
+from tests.samples._hdf5 import Builder
 
 
 def make(folder: Path) -> Path:
@@ -37,27 +38,15 @@ def make(folder: Path) -> Path:
 
 
 def damaged(folder: Path) -> Iterator[Damaged]:
+    files = Builder(folder, lambda file: file.create_dataset("W", data=np.zeros(4, "f4")))
     good = make(folder).read_bytes()
-
-    def put(label: str, data: bytes, *words: str) -> Damaged:
-        path = folder / f"{label}.h5"
-        path.write_bytes(data)
-        return Damaged(label, path, words)
-
-    def built(label: str, fill: Callable[[Any], object], *words: str) -> Damaged:
-        path = folder / f"{label}.h5"
-        with h5py.File(path, "w") as file:
-            file["W"] = np.zeros(4, "f4")
-            fill(file)
-        return Damaged(label, path, words)
-
     for share in (1, 4, 7):
-        yield put(f"truncated-{share}", good[: len(good) * share // 8], "HDF5")
-    yield put("one-byte-short", good[:-1], "HDF5")
-    yield put("signature-only", good[:8], "HDF5")
-    yield put("nothing-after-the-signature", good[:8] + bytes(2000), "HDF5")
-    yield put("text-after-the-signature", good[:8] + b"no HDF5 at all " * 100, "HDF5")
-    yield put("not-hdf5", b"no HDF5 at all", "HDF5")
+        yield files.put(f"truncated-{share}", good[: len(good) * share // 8], "HDF5")
+    yield files.put("one-byte-short", good[:-1], "HDF5")
+    yield files.put("signature-only", good[:8], "HDF5")
+    yield files.put("nothing-after-the-signature", good[:8] + bytes(2000), "HDF5")
+    yield files.put("text-after-the-signature", good[:8] + b"no HDF5 at all " * 100, "HDF5")
+    yield files.put("not-hdf5", b"no HDF5 at all", "HDF5")
     other = folder / "other.h5"
     with h5py.File(other, "w") as file:
         file["W"] = np.zeros(4, "f4")
@@ -120,29 +109,29 @@ def damaged(folder: Path) -> Iterator[Damaged]:
     def scaled(file: Any) -> None:
         file.create_dataset("scaled", data=np.zeros(64, "i4"), scaleoffset=4)
 
-    yield built("virtual", virtual, "virtual", "elsewhere")
-    yield built("external-storage", external, "outside", "another file")
-    yield built("external-link", abroad, "abroad", "link to another file")
-    yield built("soft-link", soft, "soft", "never followed")
-    yield built("four-terabytes", huge, "huge", "claim")
-    yield built("bomb", bomb, "bomb", "claim")
-    yield built("many-fills", many_fills, "fill", "claim")
-    yield built("same-object", again, "twice")
-    yield built("cycle", cycle, "a/back", "twice")
-    yield built("deep", deep, "nested")
-    yield built("reference", reference, "ref", "references")
-    yield built("named-type", committed, "type", "records")
-    yield built("texts", texts, "texts", "text")
-    yield built("objects", lambda f: f.create_dataset("o", (2,), h5py.vlen_dtype("f4")), "varying")
-    yield built("records", of([("a", "f4")]), "odd", "records")
-    yield built("opaque", of("V3"), "odd", "opaque")
-    yield built("complex", of("c8"), "odd", "not supported")
-    yield built("enum", of(h5py.enum_dtype({"A": 0, "B": 1})), "odd", "not supported")
-    yield built("long-double", of(np.longdouble), "odd", "not supported")
-    yield built("filter", scaled, "scaled", "filter 6")
-    yield built("latin-attribute", attribute, "UTF-8")
-    yield built("attribute-reference", attribute_reference, "references")
-    yield built("climbing", name("../x"), "climbs")
-    yield built("control", name("a\x1b[31m"), "control characters")
-    yield built("long-name", name("n" * 2000), "2000 characters")
-    yield built("not-utf-8", name(b"caf\xe9"), "UTF-8")
+    yield files.changed("virtual", virtual, "virtual", "elsewhere")
+    yield files.changed("external-storage", external, "outside", "another file")
+    yield files.changed("external-link", abroad, "abroad", "link to another file")
+    yield files.changed("soft-link", soft, "soft", "never followed")
+    yield files.changed("four-terabytes", huge, "huge", "claim")
+    yield files.changed("bomb", bomb, "bomb", "claim")
+    yield files.changed("many-fills", many_fills, "fill", "claim")
+    yield files.changed("same-object", again, "twice")
+    yield files.changed("cycle", cycle, "a/back", "twice")
+    yield files.changed("deep", deep, "nested")
+    yield files.changed("reference", reference, "ref", "references")
+    yield files.changed("named-type", committed, "type", "records")
+    yield files.changed("texts", texts, "texts", "text")
+    yield files.changed("objects", lambda f: f.create_dataset("o", (2,), h5py.vlen_dtype("f4")), "varying")
+    yield files.changed("records", of([("a", "f4")]), "odd", "records")
+    yield files.changed("opaque", of("V3"), "odd", "opaque")
+    yield files.changed("complex", of("c8"), "odd", "not supported")
+    yield files.changed("enum", of(h5py.enum_dtype({"A": 0, "B": 1})), "odd", "not supported")
+    yield files.changed("long-double", of(np.longdouble), "odd", "not supported")
+    yield files.changed("filter", scaled, "scaled", "filter 6")
+    yield files.changed("latin-attribute", attribute, "UTF-8")
+    yield files.changed("attribute-reference", attribute_reference, "references")
+    yield files.changed("climbing", name("../x"), "climbs")
+    yield files.changed("control", name("a\x1b[31m"), "control characters")
+    yield files.changed("long-name", name("n" * 2000), "2000 characters")
+    yield files.changed("not-utf-8", name(b"caf\xe9"), "UTF-8")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import h5py  # type: ignore[import-untyped]
 import numpy as np
 
 from tests.samples import Damaged
+from tests.samples._hdf5 import Builder
 
 # Only a model that was read from a Keras file says which layers the tensors belong to.
 writable = False
@@ -65,22 +66,10 @@ def _fill(file: Any) -> None:
 
 
 def damaged(folder: Path) -> Iterator[Damaged]:
+    files = Builder(folder, _fill)
     good = make(folder).read_bytes()
-
-    def put(label: str, data: bytes, *words: str) -> Damaged:
-        path = folder / f"{label}.h5"
-        path.write_bytes(data)
-        return Damaged(label, path, words)
-
-    def changed(label: str, change: Callable[[Any], object], *words: str) -> Damaged:
-        path = folder / f"{label}.h5"
-        with h5py.File(path, "w") as file:
-            _fill(file)
-            change(file)
-        return Damaged(label, path, words)
-
-    yield put("keras-truncated", good[: len(good) // 2], "HDF5")
-    yield put("keras-no-end", good[:-100], "HDF5")
+    yield files.put("keras-truncated", good[: len(good) // 2], "HDF5")
+    yield files.put("keras-no-end", good[:-100], "HDF5")
 
     def layers(file: Any) -> Any:
         return file["model_weights"]
@@ -133,20 +122,20 @@ def damaged(folder: Path) -> Iterator[Damaged]:
     def table(file: Any) -> None:
         layers(file).attrs["table"] = np.array([[b"a", b"b"]])
 
-    yield changed("keras-soft-link", link, "dense_2/soft", "never followed")
-    yield changed("keras-external", external, "outside", "another file")
-    yield changed("no-layer", no_layer, "layer wide", "not there")
-    yield changed("no-weight", no_weight, "dense_2/bias:0", "listed")
-    yield changed("no-state", no_state, "iterations", "listed")
-    yield changed("no-list", no_list, "layer_names")
-    yield changed("no-weight-list", no_weight_list, "flatten", "weight_names")
-    yield changed("text-for-list", text_for_list, "flatten", "weight_names")
-    yield changed("numbers-for-list", numbers_for_list, "flatten", "weight_names")
-    yield changed("same-name", same_name, "optimizer_weights/x", "beside")
-    yield changed("escaping-weight", escaped, "../wide", "listed")
-    yield changed("control-layer", layer_name, "control characters")
-    yield changed("latin-config", latin, "model_config", "UTF-8")
-    yield changed("no-values", nothing, "wide/initial", "no values")
-    yield changed("keras-texts", objects, "wide/o", "text")
-    yield changed("table", table, "table")
-    yield changed("reserved", lambda f: f.attrs.__setitem__("shrink.layout", "{}"), "shrink.layout")
+    yield files.changed("keras-soft-link", link, "dense_2/soft", "never followed")
+    yield files.changed("keras-external", external, "outside", "another file")
+    yield files.changed("no-layer", no_layer, "layer wide", "not there")
+    yield files.changed("no-weight", no_weight, "dense_2/bias:0", "listed")
+    yield files.changed("no-state", no_state, "iterations", "listed")
+    yield files.changed("no-list", no_list, "layer_names")
+    yield files.changed("no-weight-list", no_weight_list, "flatten", "weight_names")
+    yield files.changed("text-for-list", text_for_list, "flatten", "weight_names")
+    yield files.changed("numbers-for-list", numbers_for_list, "flatten", "weight_names")
+    yield files.changed("same-name", same_name, "optimizer_weights/x", "beside")
+    yield files.changed("escaping-weight", escaped, "../wide", "listed")
+    yield files.changed("control-layer", layer_name, "control characters")
+    yield files.changed("latin-config", latin, "model_config", "UTF-8")
+    yield files.changed("no-values", nothing, "wide/initial", "no values")
+    yield files.changed("keras-texts", objects, "wide/o", "text")
+    yield files.changed("table", table, "table")
+    yield files.changed("reserved", lambda f: f.attrs.__setitem__("shrink.layout", "{}"), "shrink.layout")

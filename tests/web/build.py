@@ -1,10 +1,10 @@
 """Makes what the loader has from elsewhere: `python -m tests.web.build` writes into shrink/web
 
-    codec.wasm      codec.c with Zstandard's sources, which come from the sdist of the locked zstandard
+    codec.wasm      codec.c with Zstandard's sources, those in the sdist of the locked zstandard
     zstd.LICENSE    Zstandard's licence, as its binary form asks for
     eightbit.js     the table of codebook.1
 
-The compiler is zig's clang, the package ziglang. The network is used by pip only, which checks hashes.
+The compiler is zig's clang, the package ziglang. Both come from `tests.setup.codec_tools`, on Linux on x86-64.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -22,12 +21,10 @@ from tests import setup
 
 WEB = setup.ROOT / "shrink" / "web"
 
-# The wheel for Linux on x86-64; other machines' compilers give the same code, but their hashes are not listed here.
-_COMPILER = "ziglang==0.13.0 --hash=sha256:3ce0c9f16547e5d61b32e0d226926e9a2552ef4b91fccf7ab5ea1a623a77824b\n"
 # Every visitor downloads this. What the macros leave out are second versions of inner loops, which are no faster on
 # weights: 20 kB becomes 12 kB (gzip), and a frame decodes at the same speed.
 _COMPILE = (
-    *("cc", "-c", "-target", "wasm32-wasi", "-mcpu=generic+bulk_memory", "-Os", "-w"),
+    *("cc", "-c", "-target", "wasm32-wasi", "-mcpu=generic+bulk_memory+simd128", "-Os", "-w"),
     *("-fno-stack-protector", "-fvisibility=hidden", "-ffunction-sections"),
     *("-DNDEBUG", "-DZSTD_STRIP_ERROR_STRINGS", "-D_WASI_EMULATED_PROCESS_CLOCKS"),
     *("-DZSTD_FORCE_DECOMPRESS_SEQUENCES_SHORT", "-DHUF_FORCE_DECOMPRESS_X1", "-DZSTD_NO_INLINE"),
@@ -51,8 +48,7 @@ export const EIGHTBIT = Float64Array.from([...MAGNITUDES, ...MAGNITUDES.map((m) 
 def stamp() -> bytes:
     """Stands for everything that codec.wasm is made from; the file carries it, so that a test sees when it is stale."""
     source = (WEB / "codec.c").read_text()
-    made_from = [source, _COMPILER, *_COMPILE, *_LINK, setup.locked("zstandard", setup.LOCK.read_text())]
-    return hashlib.sha256("\n".join(made_from).encode()).digest()
+    return hashlib.sha256("\n".join([source, *setup.codec_locks(), *_COMPILE, *_LINK]).encode()).digest()
 
 
 def stamped(wasm: bytes) -> bytes:
@@ -61,43 +57,26 @@ def stamped(wasm: bytes) -> bytes:
     return wasm + bytes([0, len(content)]) + content
 
 
-def fetch(folder: Path, requirement: str, *options: str) -> None:
-    (folder / "locked.txt").write_text(requirement)
-    pip = [sys.executable, "-m", "pip", *options, "--quiet", "--no-deps", "--require-hashes"]
-    subprocess.run([*pip, "-r", folder / "locked.txt"], check=True)
-
-
-def zstd_sources(folder: Path) -> None:
-    """Zstandard's sources, taken out of the locked sdist into the folder."""
-    zstandard = setup.locked("zstandard", setup.LOCK.read_text())
-    fetch(folder, zstandard, "download", "--no-binary", "zstandard", "--dest", str(folder))
-    (sdist,) = folder.glob("zstandard-*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        for member in archive.getmembers():
-            # zstandard-<version>/zstd/<file>: only plain files of that one folder, by their last name.
-            content = archive.extractfile(member) if member.isfile() else None
-            if content is not None and Path(member.name).parts[1:-1] == ("zstd",):
-                (folder / Path(member.name).name).write_bytes(content.read())
-
-
-def codec_wasm(folder: Path) -> bytes:
-    fetch(folder, _COMPILER, "install", "--target", str(folder / "compiler"))
-    zig = folder / "compiler" / "ziglang" / "zig"
-    env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(folder / "cache"), "ZIG_LOCAL_CACHE_DIR": str(folder / "cache")}
-    (folder / "codec.c").write_bytes((WEB / "codec.c").read_bytes())
-    # Relative paths, so that no path of this machine gets into the file.
-    for command in ([*_COMPILE, "-I.", "-o", "codec.o", "codec.c"], [*_LINK, "-o", "codec.wasm", "codec.o"]):
-        subprocess.run([zig, *command], check=True, cwd=folder, env=env)
-    return stamped((folder / "codec.wasm").read_bytes())
+def codec_wasm() -> bytes:
+    """What codec.c compiles to, with the tools that the set-up has brought."""
+    zig = setup.CODEC_TOOLS / "compiler" / "ziglang" / "zig"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(folder), "ZIG_LOCAL_CACHE_DIR": str(folder)}
+        for source in (WEB / "codec.c", *(setup.CODEC_TOOLS / "zstd").glob("zstd*.[ch]")):
+            (folder / source.name).write_bytes(source.read_bytes())
+        # Relative paths, so that no path of this machine gets into the file.
+        for command in ([*_COMPILE, "-I.", "-o", "codec.o", "codec.c"], [*_LINK, "-o", "codec.wasm", "codec.o"]):
+            subprocess.run([zig, *command], check=True, cwd=folder, env=env)
+        return stamped((folder / "codec.wasm").read_bytes())
 
 
 def main() -> None:
     (WEB / "eightbit.js").write_text(eightbit_js())
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        zstd_sources(folder)
-        (WEB / "zstd.LICENSE").write_bytes((folder / "LICENSE").read_bytes())
-        (WEB / "codec.wasm").write_bytes(codec_wasm(folder))
+    if not setup.codec_tools() or setup.codec_obstacle():
+        sys.exit(f"codec.wasm was not made: {setup.codec_obstacle()}")
+    (WEB / "zstd.LICENSE").write_bytes((setup.CODEC_TOOLS / "zstd" / "LICENSE").read_bytes())
+    (WEB / "codec.wasm").write_bytes(codec_wasm())
 
 
 if __name__ == "__main__":
