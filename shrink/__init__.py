@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from shrink import formats, inspection, pipeline, recipe
+from shrink import formats, inspection, pipeline, recipe, split
 from shrink.errors import ShrinkError, UsageError
 from shrink.inspection import Compared, Facts
 from shrink.model import Model, Quantized, Source, Tensor
@@ -34,10 +34,12 @@ __all__ = [
     "Tensor",
     "compare",
     "inspect",
+    "join",
     "load",
     "quantize",
     "restore",
     "save",
+    "split",
 ]
 __version__ = "0.1.0"
 
@@ -106,3 +108,17 @@ def inspect(model: Model) -> list[Facts]:
 def compare(original: Model, other: Model) -> list[Compared]:
     """Largest error, RMSE and SQNR of every weight, worst first."""
     return inspection.compare(original, other)
+
+
+def join(
+    index: str | PathLike[str], output: str | PathLike[str] | None = None, *, force: bool = False
+) -> tuple[Path, ...]:
+    """Put together what `shrink.split.plan(…).write(…)` or `shrink split` made, and return the files written.
+
+    `index` is the index file, or the folder that was split in place. `output` is by default the old name beside it.
+
+    Raises:
+        IntegrityError: a part is missing or not the one that was written; nothing is left behind.
+        UsageError: the output exists, and `force` is not set.
+    """
+    return split.join(Path(index), None if output is None else Path(output), force=force)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import click
 
-from shrink import __version__, cli_export, formats, inspection, pipeline
+from shrink import __version__, cli_export, cli_split, formats, inspection, pipeline
 from shrink import recipe as recipes
 from shrink.errors import OutputError, ShrinkError, UsageError, printable
 from shrink.files import io_errors
@@ -380,6 +380,9 @@ def compare(original: Path, other: Path, as_json: bool, output: Path | None, for
 
 command.add_command(cli_export.export)
 command.add_command(cli_export.serve)
+command.add_command(cli_split.split_command)
+command.add_command(cli_split.join_command)
+command.add_command(cli_split.hosts_command)
 
 
 # ---- pieces that the commands share

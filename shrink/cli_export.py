@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from shrink import formats, site
+from shrink import given, site
 from shrink import recipe as recipes
-from shrink.errors import OutputError, UsageError, printable
-from shrink.export import Network, Target, all_targets, by_name
+from shrink.errors import OutputError, ShrinkError, UsageError, printable
+from shrink.export import Target, all_targets, by_name
 from shrink.files import atomic_folder
-from shrink.networks import chainer
 from shrink.pipeline import Change
 from shrink.terminal import bar, emit, in_words
 
@@ -32,7 +32,11 @@ _debug = click.option("--debug", is_flag=True, hidden=True, expose_value=False)
 @click.option("--mode", help="Quantize the weights on the way, as `shrink quantize` does: eightbit, float16 …")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A TOML file that says it per tensor.")
 @click.option(
-    "--input", "inputs", multiple=True, metavar="[NAME=]SHAPE", help="The shape of an input, as in 1,3,224,224."
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="[NAME=]SHAPE",
+    help="The shape of an input, as in 1,3,224,224, one after the other; of an ONNX file also by NAME=.",
 )
 @click.option("--backend", help="For onnxruntime-web: wasm or webgpu.  [default: wasm]")
 @click.option(
@@ -60,7 +64,8 @@ def export(
     """Write MODEL as a folder that a static host serves: a page, the network and what runs it.
 
     MODEL is an ONNX file, or a .safetensors file that shrink made of one; or a Chainer network as FILE.py:NAME, with
-    --weights and --input. That file is run, as if you had: give only one that you trust. A file of weights never is.
+    --weights and --input. That file is run, as if you had, with what it imports from its folder: give only one that
+    you trust. A file of weights never is.
 
     What runs it in the browser, the npm package onnxruntime-web or webdnn, is taken from node_modules, or else
     downloaded once from registry.npmjs.org and checked against its SHA-512.
@@ -79,31 +84,22 @@ def export(
         for stores in sorted(recipe.stores - writer.HOLDS):
             raise UsageError(f"{writer.NAME} cannot hold {stores} weights")
     _check_output(output, force)
-    network, notes = _network(model, weights, inputs)
-    with bar("exporting") as progress, atomic_folder(output) as folder:
+    network, notes = given.network(model, weights, inputs)
+    with bar("exporting") as progress, atomic_folder(output) as folder, _naming(output, folder):
         exported = writer.export(network, folder, recipe, progress, **options)
         manifest = site.add_page(folder, target, network.title, exported)
     _report(model, output, exported.changes, [*notes, *exported.notes], manifest, as_json)
 
 
-def _network(model: str, weights: Path | None, inputs: tuple[str, ...]) -> tuple[Network, list[str]]:
-    """The network that the user names, and what there is to say about it."""
-    if not chainer.is_network(model):
-        if weights is not None:
-            raise UsageError("--weights belongs to a network in Python, FILE.py:NAME", file=model)
-        path = Path(model)
-        loaded = formats.sniff(path).read(path)
-        return Network(_title(path), loaded, site.input_shapes(loaded, inputs)), []
-    if weights is None:
-        raise UsageError("a network in Python needs --weights", file=model)
-    if not inputs:
-        raise UsageError("a network in Python needs --input, the shape of what it takes", file=model)
-    shapes = tuple(site.parse_shape(text) for text in inputs)
-    snapshot = formats.sniff(weights).read(weights)
-    chain = chainer.load(model, snapshot)
-    graph, max_error = chainer.to_onnx(chain, shapes, snapshot)
-    name = printable(model.rpartition(".py:")[2].partition("(")[0])
-    return Network(name, graph, shapes, chain), [f"As ONNX it differs from Chainer by at most {max_error:.3g}."]
+@contextlib.contextmanager
+def _naming(output: Path, folder: Path) -> Iterator[None]:
+    """Errors about `folder`, which nobody finds any more, are about `output`."""
+    try:
+        yield
+    except ShrinkError as error:
+        if isinstance(error.file, Path) and error.file.is_relative_to(folder):
+            error.file = output / error.file.relative_to(folder)
+        raise
 
 
 def _options(target: Target, **options: Any) -> dict[str, Any]:
@@ -112,10 +108,6 @@ def _options(target: Target, **options: Any) -> dict[str, Any]:
     for name in sorted(given.keys() - inspect.signature(target.export).parameters.keys()):
         raise UsageError(f"--{name} is not for {target.NAME}")
     return given
-
-
-def _title(model: Path) -> str:
-    return printable(model.name.removesuffix(model.suffix) or model.resolve().name)
 
 
 def _check_output(output: Path, force: bool) -> None:

@@ -4,6 +4,7 @@
     ├── UsageError              2   the request makes no sense, whatever the file holds
     ├── BadInput                3   a file is malformed, unsupported or refused
     │   └── IntegrityError      3   a file is not the one that was written
+    ├── BoundNotMet             4   a limit or a quality bound cannot be met
     ├── OutputError             5   reading or writing failed (missing, permission, disk full)
     └── MissingDependency       5   an optional package is not installed
 
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 
 __all__ = [
     "BadInput",
+    "BoundNotMet",
     "IntegrityError",
     "MissingDependency",
     "OutputError",
@@ -84,6 +86,10 @@ class BadInput(ShrinkError):
 
 class IntegrityError(BadInput):
     pass
+
+
+class BoundNotMet(ShrinkError):
+    exit_code = 4
 
 
 class OutputError(ShrinkError):

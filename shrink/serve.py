@@ -111,7 +111,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, file: IO[bytes], suffix: str, *, with_body: bool) -> None:
         size = os.fstat(file.fileno()).st_size
-        asked = _part(self.headers.get("Range", ""), size)
+        # Parts are for GET alone; and no name of a version fits, as we give none.
+        ranged = with_body and "If-Range" not in self.headers
+        asked = _part(self.headers.get("Range", ""), size) if ranged else None
         part = range(size) if asked is None else asked
         if asked is not None and not asked:
             self.send_response(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
@@ -180,11 +182,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _part(asked: str, size: int) -> range | None:
-    """The bytes that a Range header asks for, none where the file ends before; None where it is not understood."""
+    """The bytes that a Range header asks for, none where the file ends before; None where RFC 9110 has it ignored."""
     match = _RANGE.fullmatch(asked.strip())
     if not match or match.groups() == (None, None):
         return None
     first, last = match.groups()
     if first is None:
         return range(max(0, size - int(last)), size)
+    if last and int(last) < int(first):
+        return None
     return range(int(first), min(size, int(last) + 1) if last else size)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +11,8 @@ from numpy.typing import NDArray
 
 from shrink.errors import BadInput, OutputError, UsageError, printable
 from shrink.export import Exported
-from shrink.files import atomic_file, io_errors, read_all
+from shrink.files import atomic_file, io_errors
+from shrink.manifest import MANIFEST, VERSION, as_bytes, listed, read, strangers
 from shrink.model import Model
 
 if TYPE_CHECKING:
@@ -22,13 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MANIFEST", "add_page", "input_shapes", "is_ours", "parse_shape", "seeded_input"]
 
-MANIFEST = "manifest.json"
-VERSION = 1
-
 _WEB = Path(__file__).parent / "web"
 # What of shrink/web a page loads, by the suffix of its files: types and the list of npm packages stay here.
 _SERVED = (".html", ".css", ".js", ".mjs", ".wasm", ".LICENSE")
-_MANIFEST_AT_MOST = 1 << 24
+# What NumPy 1 has at most.
+_DIMS_AT_MOST = 32
 
 
 def add_page(folder: Path, target: str, title: str, exported: Exported) -> dict[str, Any]:
@@ -44,9 +40,9 @@ def add_page(folder: Path, target: str, title: str, exported: Exported) -> dict[
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             (folder / place).write_bytes(file.read_bytes())
     about = {"shrink": VERSION, "title": title, "target": target, "adapter": adapter}
-    manifest = {**about, **exported.page, "files": _listed(folder)}
+    manifest = {**about, **exported.page, "files": {name: about.as_json() for name, about in listed(folder).items()}}
     with atomic_file(folder / MANIFEST) as out:
-        out.write(json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True).encode() + b"\n")
+        out.write(as_bytes(manifest))
     return manifest
 
 
@@ -61,28 +57,13 @@ def _place(file: Path, adapter: str) -> Path | None:
     return Path("shrink", file)
 
 
-def _listed(folder: Path) -> dict[str, dict[str, Any]]:
-    files = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            data = file.read_bytes()
-            digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
-            files[file.relative_to(folder).as_posix()] = {"bytes": len(data), "integrity": f"sha256-{digest}"}
-    return files
-
-
 def is_ours(folder: Path) -> bool:
     """Whether `folder` is empty or holds an exported page and nothing else, so that replacing it loses nothing."""
     with io_errors(folder):
         present = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir()}
-    if not present:
-        return True
-    if MANIFEST not in present:
-        return False
     try:
-        manifest = json.loads(read_all(folder / MANIFEST, at_most=_MANIFEST_AT_MOST))
-        return "shrink" in manifest and present <= {MANIFEST, *manifest["files"]}
-    except (BadInput, OutputError, ValueError, TypeError, KeyError):
+        return not present or not strangers(folder, read(folder)[1], present)
+    except (BadInput, OutputError):
         return False
 
 
@@ -93,6 +74,7 @@ def input_shapes(model: Model, given: tuple[str, ...]) -> tuple[tuple[int, ...],
 
     Raises:
         UsageError: a shape that is none, or does not fit; a dimension that is open.
+        BadInput: an input that no values have the shape of, or too many.
     """
     from shrink.export.onnxruntime_web import graph_inputs
     from shrink.formats._onnx_proto import parse
@@ -107,8 +89,15 @@ def input_shapes(model: Model, given: tuple[str, ...]) -> tuple[tuple[int, ...],
 
 def _shape(info: ValueInfoProto, asked: tuple[int, ...] | None, source: Path) -> tuple[int, ...]:
     known = info.type.tensor_type.HasField("shape")
-    dims = [d.dim_value if d.dim_value > 0 else None for d in info.type.tensor_type.shape.dim]
+    # Exporters write -1 where they should write nothing.
+    dims = [
+        d.dim_value if d.HasField("dim_value") and d.dim_value != -1 else None for d in info.type.tensor_type.shape.dim
+    ]
     name = printable(info.name)
+    if any(n is not None and n < 1 for n in dims):
+        raise BadInput(f"its input {name} has a shape that no values have{_said(dims)}", file=source)
+    if len(dims) > _DIMS_AT_MOST or math.prod(n or 1 for n in dims) >= 1 << 31:
+        raise BadInput(f"its input {name} is too large{_said(dims[:_DIMS_AT_MOST])}", file=source)
     if asked is None:
         # What is left open first is the batch.
         shape = tuple(n if n is not None else 1 for n in dims)
@@ -118,8 +107,6 @@ def _shape(info: ValueInfoProto, asked: tuple[int, ...] | None, source: Path) ->
                 file=source,
                 hint=f"give it: --input {name}=1,3,224,224",
             )
-        if math.prod(shape) >= 1 << 31:
-            raise UsageError(f"its input {name} is too large{_said(dims)}", file=source)
         return shape
     if known and (len(asked) != len(dims) or any(m not in (n, None) for n, m in zip(asked, dims, strict=True))):
         text = ",".join(map(str, asked))
@@ -150,7 +137,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:
         shape = ()
-    if not shape or min(shape) < 1 or math.prod(shape) >= 1 << 31:
+    if not shape or len(shape) > _DIMS_AT_MOST or min(shape) < 1 or math.prod(shape) >= 1 << 31:
         raise UsageError(f"{printable(text)!r} is no shape", hint="write --input 1,3,224,224")
     return shape
 

@@ -6,6 +6,8 @@ import contextlib
 import gzip
 import http.server
 import threading
+import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ TYPES = {".html": "text/html", ".js": "text/javascript", ".wasm": "application/w
 
 class Handler(http.server.BaseHTTPRequestHandler):
     server: _Server
+    added: Mapping[str, str] = {}
 
     def do_GET(self) -> None:
         self.server.site.answer(self)
@@ -22,7 +25,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         """A whole answer. HTTP/1.0: the connection ends with it, so a body that is too short breaks it."""
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), "Cache-Control": "no-store", **headers}.items():
+        for key, value in {
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            **self.added,
+            **headers,
+        }.items():
             if value:
                 self.send_header(key, value)
         self.end_headers()
@@ -63,7 +71,7 @@ class Site:
         return [headers for asked, headers in self.requests if asked == path]
 
     def answer(self, handler: Handler) -> None:
-        path = handler.path.split("?")[0]
+        path = urllib.parse.unquote(handler.path.split("?")[0])
         self.requests.append((path, {k.lower(): v for k, v in handler.headers.items()}))
         if path in self.scripts:
             script = self.scripts[path]
@@ -132,6 +140,16 @@ def ranged(data: bytes, etag: str, *, breaks_after: int | None = None, heeds_if_
     return answer
 
 
+def shared(answer: Answer) -> Answer:
+    """The answer also for pages of other origins, which see few of its headers."""
+
+    def wrapped(handler: Handler) -> None:
+        handler.added = {"Access-Control-Allow-Origin": "*"}
+        answer(handler)
+
+    return wrapped
+
+
 def later(event: threading.Event, answer: Answer) -> Answer:
     """Nothing until the event."""
 
@@ -142,6 +160,29 @@ def later(event: threading.Event, answer: Answer) -> Answer:
     return wait
 
 
+@dataclass
+class Gauge:
+    """How many requests wait at the same time, and the most that ever did."""
+
+    waiting: int = 0
+    most: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def slow(self, seconds: float, answer: Answer) -> Answer:
+        """The answer, after a while for which the request counts."""
+
+        def wait(handler: Handler) -> None:
+            with self.lock:
+                self.waiting += 1
+                self.most = max(self.most, self.waiting)
+            time.sleep(seconds)
+            with self.lock:
+                self.waiting -= 1
+            answer(handler)
+
+        return wait
+
+
 def hanging(data: bytes, at: int, event: threading.Event) -> Answer:
     """Some bytes, and then nothing until the event, which ends the connection."""
 
@@ -149,6 +190,23 @@ def hanging(data: bytes, at: int, event: threading.Event) -> Answer:
         handler.send(200, data[:at], {"Content-Length": str(len(data))})
         handler.wfile.flush()
         event.wait(30)
+
+    return answer
+
+
+def watched(data: bytes, at: int, gone: threading.Event) -> Answer:
+    """Some bytes, and then nothing; the event tells that the browser has ended the connection."""
+
+    def answer(handler: Handler) -> None:
+        handler.send(200, data[:at], {"Content-Length": str(len(data))})
+        handler.wfile.flush()
+        handler.connection.settimeout(30)
+        with contextlib.suppress(TimeoutError):
+            # A browser that sends no more: the connection has ended.
+            with contextlib.suppress(ConnectionError):
+                if handler.connection.recv(1):
+                    return
+            gone.set()
 
     return answer
 

@@ -49,11 +49,13 @@ def large_other(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return make(tmp_path_factory.mktemp("large_other"), 2, "float16", 20_000)
 
 
-def make(folder: Path, seed: int, mode: str, columns: int) -> bytes:
+def make(folder: Path, seed: int, mode: str, columns: int, last: int | None = None) -> bytes:
+    """Eight layers from a seed, the last one from another where there is `last`."""
     rng = np.random.default_rng(seed)
     entries: list[Entry] = [Tensor.of("step", np.array(seed))]
     for i in range(8):
-        entry = modes()[mode].quantize(f"layer {i}", rng.standard_normal((40, columns), np.float32))
+        drawn = rng if last is None or i < 7 else np.random.default_rng(last)
+        entry = modes()[mode].quantize(f"layer {i}", drawn.standard_normal((40, columns), np.float32))
         assert isinstance(entry, Quantized)
         entries.append(entry)
     return container(folder, entries, graph=b"graph")

@@ -146,12 +146,29 @@ def test_parts_of_a_file(server: Server, asked: str, start: int, stop: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("asked", "status"), [("bytes=1024-", 416), ("bytes=9-3", 416), ("lines=1-2", 200), ("bytes=-", 200)]
+    ("asked", "status"),
+    [
+        ("bytes=1024-", 416),
+        ("bytes=1024-1030", 416),
+        ("bytes=-0", 416),
+        ("bytes=9-3", 200),
+        ("bytes=2000-3", 200),
+        ("bytes=0-1,5-6", 200),
+        ("lines=1-2", 200),
+        ("bytes=-", 200),
+    ],
 )
 def test_parts_that_are_not_there(server: Server, asked: str, status: int) -> None:
     response, body = ask(server, "/donn%C3%A9es%201.bin", Range=asked)
     assert response.status == status
     assert body == (DATA if status == 200 else b"")
+
+
+def test_parts_are_for_get_and_for_whoever_names_no_version(server: Server) -> None:
+    response, _ = ask(server, "/donn%C3%A9es%201.bin", "HEAD", Range="bytes=0-9")
+    assert (response.status, response.getheader("Content-Length")) == (200, "1024")
+    response, body = ask(server, "/donn%C3%A9es%201.bin", **{"Range": "bytes=0-9", "If-Range": '"v1"'})
+    assert (response.status, body) == (200, DATA)
 
 
 def test_only_reading_and_only_by_our_own_name(server: Server) -> None:

@@ -109,7 +109,8 @@ class Growing {
   }
 }
 
-function allocate(size) {
+/** Zeroed bytes, or a LoadError where there is no room. */
+export function allocate(size) {
   try {
     return new Uint8Array(size);
   } catch (cause) {

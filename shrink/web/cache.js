@@ -1,4 +1,8 @@
+import { LoadError } from "./errors.js";
+
 const NAME = "shrink";
+// What ends every key, before the hash.
+const MARK = "shrink-content=";
 
 /**
  * Files of one URL in the browser's Cache API, each under the hash of its content. Null where there is no such cache:
@@ -37,7 +41,7 @@ class FileCache {
       push: (bytes) => open && stream.enqueue(bytes),
       finish: async () => {
         if (open) stream.close();
-        if (await stored) await this.#forgetOthers(hash).catch(() => {});
+        if (await stored) await this.keepOnly([hash]);
       },
       cancel: async () => {
         if (open) stream.error(new Error("not complete"));
@@ -46,12 +50,21 @@ class FileCache {
     };
   }
 
-  /** Earlier contents of the same URL. */
-  async #forgetOthers(hash) {
-    const own = this.#key(hash);
-    for (const { url } of await this.cache.keys()) {
-      const [address, other] = url.split(MARK);
-      if (other && address === own.split(MARK)[0] && url !== own) await this.cache.delete(url);
+  /** Keep what is here already, a part of the file. */
+  async put(hash, bytes) {
+    await this.cache.put(this.#key(hash), new Response(bytes)).catch(() => {});
+  }
+
+  /** Forget earlier contents of the same URL. */
+  async keepOnly(hashes) {
+    const own = new Set(hashes.map((hash) => this.#key(hash)));
+    const [address] = this.#key("").split(MARK);
+    try {
+      for (const { url } of await this.cache.keys()) {
+        if (url.startsWith(address + MARK) && !own.has(url)) await this.cache.delete(url);
+      }
+    } catch {
+      // They stay until the browser needs the room.
     }
   }
 
@@ -64,4 +77,39 @@ class FileCache {
   }
 }
 
-const MARK = "shrink-content=";
+/** A file out of the cache, in pieces like those of a Download. */
+export class Stored {
+  constructor(response) {
+    this.response = response;
+    this.stopped = null;
+  }
+
+  stop(error) {
+    this.stopped = error;
+  }
+
+  async *pieces() {
+    let position = 0;
+    for (const reader = this.response.body.getReader(); ; ) {
+      const { done, value } = await reader.read().catch((cause) => {
+        throw new LoadError("corrupt", "the cached file cannot be read", { cause });
+      });
+      if (this.stopped) throw this.stopped;
+      if (done) return;
+      yield { position, bytes: value };
+      position += value.length;
+    }
+  }
+}
+
+/** The bytes have this hash, `sha256-…=`; browsers can tell on https and localhost only. */
+export async function checkIntegrity(bytes, integrity) {
+  if (!integrity || !globalThis.crypto?.subtle) return;
+  const [algorithm, expected] = integrity.split(/-(.*)/s);
+  const digest = await crypto.subtle.digest(algorithm.replace("sha", "SHA-"), bytes);
+  if (base64(digest) !== expected) throw new LoadError("corrupt", `the file does not have the hash ${integrity}`);
+}
+
+export function base64(buffer) {
+  return btoa(String.fromCharCode(...new Uint8Array(buffer)));
+}

@@ -8,13 +8,17 @@ const PASSING = (status) => status === 408 || status === 425 || status === 429 |
  * a strong ETag and so can tell that the file is still the same; otherwise the file comes from its start again.
  */
 export class Download {
-  /** `tries` requests in all; before the second the wait is `delay` milliseconds, twice as long before each later one. */
-  constructor(url, { signal, request, tries, delay }) {
+  /**
+   * `tries` requests in all; before the second the wait is `delay` milliseconds, twice as long before each later one.
+   * `known`: the file has a hash, which will tell when the rest is another file's, so that no ETag is needed.
+   */
+  constructor(url, { signal, request, tries, delay, known = false }) {
     this.url = url;
     this.signal = signal;
     this.request = request;
     this.left = tries;
     this.delay = delay;
+    this.known = known;
     /** Whether the bytes came in several answers. */
     this.spliced = false;
     this.stopped = null;
@@ -27,10 +31,14 @@ export class Download {
     this.connection?.abort();
   }
 
-  /** Bytes with their position in the file; position 0 begins the file anew. `size()`: its length, once known. */
+  /**
+   * Bytes with their position in the file; position 0 begins the file anew. `size()`: its length, once known; without
+   * it the file ends where the answer does.
+   */
   async *pieces(size) {
     let received = 0;
     let tag = null;
+    let resumes = false;
     this.stopped = null;
     for (let failed = null; ; ) {
       if (failed) await this.#retry(failed);
@@ -42,13 +50,15 @@ export class Download {
         if (this.stopped) throw this.stopped;
         const response = await this.#ask(received, tag, connection.signal);
         if (response.status === 206 && !continues(response, received, tag)) {
-          received = 0;
-          tag = null;
+          resumes = false;
           throw new LoadError("network", "the server sent another part than the one asked for");
         }
         if (response.status !== 206) received = 0;
         this.spliced = received > 0;
-        tag = strongTag(response);
+        // Of a compressed transfer no position is known.
+        const plain = !response.headers.get("Content-Encoding");
+        tag = plain ? strongTag(response) : null;
+        resumes = plain && (this.known || tag !== null);
         for (const reader = response.body.getReader(); ; ) {
           const { done, value } = await reader.read().catch((cause) => {
             throw new LoadError("network", `the connection broke after ${received} bytes`, { cause });
@@ -57,20 +67,20 @@ export class Download {
           yield { position: received, bytes: value };
           received += value.length;
         }
-        if (received >= size()) return;
+        if (!size || received >= size()) return;
         failed = new LoadError("truncated", `the file ends after ${received} bytes`);
       } catch (error) {
         throwIfAborted(this.signal);
         if (this.stopped) throw this.stopped;
         // The connection may break after the last byte, as where the server promised more than the file has.
-        if (received >= size()) return;
+        if (received >= size?.()) return;
         if (!isPassing(error)) throw error;
         failed = error;
       } finally {
         this.signal?.removeEventListener("abort", abort);
         connection.abort();
       }
-      if (!tag) received = 0;
+      if (!resumes) received = 0;
     }
   }
 
@@ -97,7 +107,7 @@ export class Download {
     const headers = new Headers(this.request?.headers);
     if (received) {
       headers.set("Range", `bytes=${received}-`);
-      headers.set("If-Range", tag);
+      if (tag) headers.set("If-Range", tag);
     }
     let response;
     try {
@@ -119,13 +129,15 @@ function isPassing(error) {
   return error.code === "network" || (error.code === "http" && PASSING(error.status));
 }
 
-/** The ETag, when it stands for these very bytes: of a compressed transfer, no position is known. */
+/** The ETag, when it stands for these very bytes. */
 function strongTag(response) {
   const tag = response.headers.get("ETag");
-  return tag?.startsWith('"') && !response.headers.get("Content-Encoding") ? tag : null;
+  return tag?.startsWith('"') ? tag : null;
 }
 
-function continues(response, received, tag) {
-  const range = response.headers.get("Content-Range");
-  return range?.startsWith(`bytes ${received}-`) && (response.headers.get("ETag") ?? tag) === tag;
+function continues({ headers, type }, received, tag) {
+  const range = headers.get("Content-Range");
+  // Another origin need not show it; without a tag, a hash will tell.
+  const follows = range === null ? type === "cors" && tag === null : range.startsWith(`bytes ${received}-`);
+  return follows && (tag === null || (headers.get("ETag") ?? tag) === tag);
 }

@@ -27,6 +27,11 @@ export function isHalf(dtype) {
   return dtype === "F16" || dtype === "BF16";
 }
 
+/** Bytes of a tensor in a file that is not encoded. */
+export function bytesOf(dtype, shape) {
+  return countOf(shape) * storedWidth(dtype);
+}
+
 /** The number of values in a shape; 0 wins over whatever else is in it. */
 export function countOf(shape) {
   return shape.includes(0) ? 0 : shape.reduce((product, n) => product * n, 1);

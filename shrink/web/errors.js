@@ -17,6 +17,10 @@ export class LoadError extends Error {
   }
 }
 
+export function tooMuch(bytes, most) {
+  return new LoadError("unsupported", `the weights take ${bytes} bytes, more than ${most}`);
+}
+
 /** A promise that ends as `promise` does, or as soon as `signal` fires. */
 export async function unlessAborted(promise, signal) {
   if (!signal) return promise;

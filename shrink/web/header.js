@@ -2,7 +2,7 @@
  * The header of a safetensors file, and shrink's metadata in it, as shrink/container.py defines them. Everything is
  * checked here, once: later code believes names, shapes, sizes and places.
  */
-import { ARRAYS, countOf, storedWidth } from "./dtypes.js";
+import { ARRAYS, bytesOf, countOf } from "./dtypes.js";
 import { LoadError } from "./errors.js";
 
 const ATTRIBUTES = "shrink.attributes";
@@ -10,7 +10,7 @@ const GRAPH = "shrink.graph";
 const VERSION = 1;
 
 // The limits of the safetensors library and of shrink's own reader.
-const HEADER_AT_MOST = 100_000_000;
+export const HEADER_AT_MOST = 100_000_000;
 const NAME_AT_MOST = 1024;
 const DIMENSIONS_AT_MOST = 32;
 const STEPS_AT_MOST = 16;
@@ -36,7 +36,7 @@ export function headerLength(bytes) {
  * either `blob` or dtype, shape, steps and decodedBytes. `described`: whether shrink wrote the file.
  */
 export function parseHeader(bytes, crc32) {
-  const header = json(text(bytes), "the header");
+  const header = parseJson(bytes, "the header");
   const metadata = header.__metadata__ ?? {};
   const meta = parseMetadata(metadata, crc32);
   const entries = Object.entries(header).filter(([name]) => name !== "__metadata__");
@@ -86,7 +86,7 @@ function parseSection(name, spec, meta) {
   if (!ARRAYS.has(spec.dtype)) {
     throw new LoadError("unsupported", `values of type ${String(spec.dtype).slice(0, 20)}`, { tensor: name });
   }
-  if (countOf(spec.shape) * storedWidth(spec.dtype) !== size) throw corrupt("its shape and size do not fit", name);
+  if (bytesOf(spec.dtype, spec.shape) !== size) throw corrupt("its shape and size do not fit", name);
   const said = meta.tensors.get(name) ?? {};
   const section = { name, start, size, crc32: said.crc32 ?? undefined };
   if (meta.described && (name === ATTRIBUTES || name === GRAPH)) return { ...section, blob: true };
@@ -129,29 +129,32 @@ function isShape(shape) {
   return fits && countOf(shape.map((n) => n || 1)) < COUNT_BELOW;
 }
 
-function isCount(value) {
+export function isCount(value) {
   return Number.isInteger(value) && value >= 0 && value < COUNT_BELOW;
 }
 
-function isObject(value) {
+export function isObject(value) {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 /** The attributes of the source's format: names and texts. */
 export function parseAttributes(bytes) {
-  const attributes = json(text(bytes), "attributes");
+  const attributes = parseJson(bytes, "the list of attributes");
   if (!Object.values(attributes).every((value) => typeof value === "string")) {
     throw corrupt("attributes are not all text");
   }
   return attributes;
 }
 
-function text(bytes) {
+/** A JSON object that says nothing twice. */
+export function parseJson(bytes, what) {
+  let text;
   try {
-    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+    text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
   } catch {
-    throw corrupt("the header is not UTF-8");
+    throw corrupt(`${what} is not UTF-8`);
   }
+  return json(text, what);
 }
 
 function json(string, what) {

@@ -28,22 +28,50 @@ export class Weights extends Map<string, Values> {
 export interface Progress {
   /** Decoded bytes that what has come so far stands for; the last event has `loaded === total`. */
   loaded: number;
-  /** Bytes of all decoded tensors together. */
+  /**
+   * Bytes of all decoded tensors together; of a file in parts as its index states them, where float16 counts 2 bytes
+   * each. With `parts` but no `decodedBytes`: bytes of the file. Of shards that others made: what their index calls the
+   * total size, or else the number of tensors.
+   */
   total: number;
   /** The tensor that is coming; "" after the last one. */
   name: string;
 }
 
+/** One part of a file, as an index or a manifest lists it. */
+export interface Part {
+  /** A plain file name, beside the index. */
+  file: string;
+  /** The length of the part, skipped bytes included. */
+  bytes: number;
+  /** Bytes at its start that are not the file's: the part's own header. Default: 0. */
+  skip?: number;
+  /** "sha256-…" of the part. */
+  integrity: string;
+}
+
 export interface LoadOptions {
-  /** Called as bytes come. `loaded` goes back when a broken download has to begin again. */
+  /**
+   * Called as bytes come. `loaded` goes back when the broken download of a whole file has to begin again; of a file in
+   * parts it never does.
+   */
   onProgress?: (progress: Progress) => void;
   /** Aborts with a LoadError of code "aborted". */
   signal?: AbortSignal;
-  /** Keep the file in the Cache API, under a hash of its content. Default: false. */
+  /** Keep the file, or each of its parts, in the Cache API, under a hash of its content. Default: false. */
   cache?: boolean;
-  /** "sha256-…", as in <script integrity>: the hash of the whole file. Checked on https and localhost. */
+  /**
+   * "sha256-…", as in <script integrity>: the hash of the whole file; of an index, that of the index, which has those of
+   * its parts. With `parts` those count. Checked on https and localhost.
+   */
   integrity?: string;
-  /** Requests in all, where the network or the server fails. Default: 3. */
+  /** The parts of the file, where the page knows them: then `url` itself is not asked for, only what lies beside it. */
+  parts?: readonly Part[];
+  /** With `parts`: the length of the file, which they must have together. */
+  bytes?: number;
+  /** With `parts`: the bytes of all decoded tensors, float16 as such; the file must have them, progress counts them. */
+  decodedBytes?: number;
+  /** Requests in all, for each file, where the network or the server fails. Default: 3. */
   tries?: number;
   /** Milliseconds before the second request, twice as many before each later one. Default: 500. */
   delay?: number;
@@ -64,8 +92,29 @@ export class LoadError extends Error {
 }
 
 /**
- * The weights in the safetensors file at `url`, which is relative to the page.
+ * The weights in the safetensors file at `url`, which is relative to the page; or in the shards that an index lists,
+ * where `url` ends in ".json".
  *
  * @throws {LoadError} nothing is left behind: no worker, no connection, no part of a file in the cache
  */
 export function load(url: string | URL, options?: LoadOptions): Promise<Weights>;
+
+export interface PartsOptions extends Pick<LoadOptions, "signal" | "cache" | "tries" | "delay" | "request"> {
+  /** The address of the file, absolute: its parts lie beside it, and the cache keeps them under it. */
+  base: string | URL;
+  /** Called as bytes come, with how many of all parts are here. */
+  onProgress?: (bytes: number) => void;
+  /** More bytes than this, and what a header takes, are refused. Default: 2 ** 32. */
+  maxBytes?: number;
+}
+
+/**
+ * Any file in parts, part by part and in order, each checked before it is given. Four parts come at once, and none is
+ * asked for before there is room.
+ *
+ * @throws {LoadError} its message names the part; nothing is left behind but whole parts in the cache
+ */
+export function fetchParts(parts: readonly Part[], options: PartsOptions): AsyncGenerator<Uint8Array, void, void>;
+
+/** The same in one piece, of `bytes` bytes where that is given. */
+export function joinParts(parts: readonly Part[], options: PartsOptions & { bytes?: number }): Promise<Uint8Array>;

@@ -1,5 +1,5 @@
 /**
- * Loads the weights of a .safetensors file that shrink wrote, or of a plain one.
+ * Loads the weights of a .safetensors file that shrink wrote, or of a plain one; or of the parts that an index lists.
  *
  *     import { load } from "./loader.js";
  *     const weights = await load("gen.eightbit.safetensors", { onProgress, signal, cache: true });
@@ -9,17 +9,23 @@
  * GUIDE.md explains it, loader.d.ts lists all options.
  */
 import { Assembler } from "./assembler.js";
-import { openCache } from "./cache.js";
+import { Stored, base64, checkIntegrity, openCache } from "./cache.js";
 import { Codec, compileCodec } from "./codec.js";
 import { openDecoder } from "./decoder.js";
+import { bytesOf } from "./dtypes.js";
 import { Download } from "./download.js";
-import { LoadError, throwIfAborted, unlessAborted } from "./errors.js";
+import { LoadError, throwIfAborted, tooMuch, unlessAborted } from "./errors.js";
 import { parseAttributes } from "./header.js";
+import { PartsDownload, beside, checkParts, fetchIndex, fetchParts, joinParts, readIndex, sizeOf } from "./parts.js";
 
-export { LoadError };
+export { LoadError, fetchParts, joinParts };
 
 const MAX_BYTES = 2 ** 32;
+// Stored bytes that may wait for the decoder before more are taken from the network.
+const WAITING_AT_MOST = 2 ** 25;
 const INTEGRITY = /^sha(256|384|512)-[A-Za-z0-9+/]+={0,2}$/;
+// After these the index may be older than what it lists.
+const OUTDATED = ["corrupt", "truncated", "http"];
 
 /** Typed arrays by name, in file order. */
 export class Weights extends Map {
@@ -35,7 +41,7 @@ export class Weights extends Map {
 
 /** The weights in the file at `url`. Throws LoadError; nothing stays behind then. */
 export async function load(url, options = {}) {
-  const { signal, request, integrity, tries = 3, delay = 500 } = options;
+  const { signal, integrity, parts, decodedBytes } = options;
   if (integrity !== undefined && !INTEGRITY.test(integrity)) throw new TypeError("integrity is not like sha256-…=");
   throwIfAborted(signal);
   const address = new URL(url, globalThis.document?.baseURI ?? globalThis.location?.href).href;
@@ -43,9 +49,9 @@ export async function load(url, options = {}) {
   // Whoever awaits them hears of a failure; this keeps the browser from calling it unhandled.
   tools.catch(() => {});
   try {
-    const cache = options.cache ? await openCache(address) : null;
-    const job = new Job({ ...options, cache, tools });
-    return await job.run(new Download(address, { signal, request, tries, delay }));
+    if (parts) return await new Job(options, tools).join(checkParts(parts, options), address, decodedBytes);
+    if (new URL(address).pathname.endsWith(".json")) return await loadIndexed(address, options, tools);
+    return await loadFile(address, options, tools);
   } finally {
     tools.then(({ decoder }) => decoder.close(), () => {});
   }
@@ -58,9 +64,120 @@ async function openTools() {
   return { codec, decoder };
 }
 
+async function loadFile(address, options, tools) {
+  const { signal, request, cache, tries = 3, delay = 500 } = options;
+  const store = cache ? await openCache(address) : null;
+  return new Job(options, tools, store).run(new Download(address, { signal, request, tries, delay }));
+}
+
+/** The weights that an index stands for. Where something does not fit, a redeploy may have come in between: once more. */
+async function loadIndexed(address, options, tools) {
+  const job = new Job(options, tools);
+  const follow = async (text) => {
+    const index = await named(address, readIndex(text, address, { ...options, maxBytes: job.maxBytes }));
+    return index.parts ? job.join(index.parts, address, index.decodedBytes) : loadShards(index, address, job);
+  };
+  const text = await named(address, fetchIndex(address, options));
+  try {
+    return await follow(text);
+  } catch (error) {
+    if (!OUTDATED.includes(error.code)) throw error;
+    const newer = await fetchIndex(address, options).catch(() => text);
+    throwIfAborted(options.signal);
+    if (newer.length === text.length && newer.every((byte, at) => byte === text[at])) throw error;
+    return follow(newer);
+  }
+}
+
+/** The weights of shards that others made: one whole file after the other, in the index's order. */
+async function loadShards({ map, total }, address, { options, tools, maxBytes, onProgress }) {
+  const files = [...new Set(map.values())];
+  const shards = new Map();
+  let [room, most] = [maxBytes, 0];
+  for (const file of files) {
+    const told = ({ loaded, total: size, name }) => {
+      const share = (shards.size + loaded / Math.max(size, 1)) / files.length;
+      most = Math.max(most, Math.min(Math.floor(total * share), total - 1));
+      onProgress({ loaded: most, total, name });
+    };
+    const own = { ...options, integrity: undefined, maxBytes: room, onProgress: told };
+    const url = beside(file, address);
+    const shard = await named(url, loadFile(url, own, tools));
+    shards.set(file, shard);
+    for (const [name, { byteLength }] of shard) {
+      if (map.get(name) !== file) throw disagrees(file, name);
+      room -= byteLength;
+    }
+  }
+  const weights = new Weights();
+  for (const [name, file] of map) {
+    if (!shards.get(file).has(name)) throw disagrees(file, name);
+    const shard = shards.get(file);
+    weights.set(name, shard.get(name));
+    weights.shapes.set(name, shard.shapes.get(name));
+    weights.dtypes.set(name, shard.dtypes.get(name));
+  }
+  for (const { attributes, graph } of shards.values()) {
+    Object.assign(weights.attributes, attributes);
+    weights.graph ??= graph;
+  }
+  onProgress({ loaded: total, total, name: "" });
+  return weights;
+}
+
+function disagrees(file, tensor) {
+  return new LoadError("corrupt", `the index and ${file} disagree about it`, { tensor });
+}
+
+/** What the promise gives; an error of it names the file at this address. */
+async function named(address, promise) {
+  try {
+    return await promise;
+  } catch (error) {
+    if (error.code !== "aborted") error.message = `${nameOf(address)}: ${error.message}`;
+    throw error;
+  }
+}
+
+function nameOf(address) {
+  const name = new URL(address).pathname.split("/").pop();
+  try {
+    return decodeURIComponent(name);
+  } catch {
+    return name;
+  }
+}
+
+/** Gives the weights of one file, whole or in parts. */
 class Job {
-  constructor({ onProgress = () => {}, signal, integrity, maxBytes = MAX_BYTES, cache, tools }) {
-    Object.assign(this, { onProgress, signal, integrity, maxBytes, cache, tools });
+  constructor(options, tools, cache = null) {
+    const { onProgress = () => {}, signal, integrity, maxBytes = MAX_BYTES } = options;
+    Object.assign(this, { options, onProgress, signal, integrity, maxBytes, cache, tools });
+    /** The tensor that is coming. */
+    this.name = "";
+    /** The largest share of the parts that has come, and what progress calls all of them; not of a single file. */
+    this.share = 0;
+    this.stated = undefined;
+  }
+
+  /** The weights of the file in these checked parts beside `base`, of which somebody may have said its decoded size. */
+  async join(parts, base, decodedBytes) {
+    const stored = parts.reduce((sum, { bytes }) => sum + bytes, 0);
+    const total = (this.stated = decodedBytes ?? sizeOf(parts));
+    // Each part has its hash, and the cache knows it by that.
+    this.integrity = undefined;
+    this.decodedBytes = decodedBytes;
+    const onProgress = (bytes) => {
+      this.share = Math.max(this.share, bytes / stored);
+      this.tell(Math.floor(this.share * total), total, this.name);
+    };
+    const { weights } = await this.#read(new PartsDownload(parts, { ...this.options, base, onProgress }), null);
+    return weights;
+  }
+
+  /** The last byte counts when everything is decoded and checked. */
+  tell(loaded, total, name) {
+    this.onProgress({ loaded: Math.max(0, Math.min(loaded, total - 1)), total, name });
   }
 
   async run(download) {
@@ -109,6 +226,7 @@ class Job {
         }
         const hit = await attempt.take(piece, store);
         if (hit) return { hit };
+        await attempt.room();
       }
       if (!attempt?.assembler.complete) throw new LoadError("truncated", "the file ends too early");
       return { weights: await attempt.finish() };
@@ -128,6 +246,8 @@ class Attempt {
     this.assembler = new Assembler({ crc32: (bytes) => codec.crc32(bytes), whole: Boolean(job.integrity) });
     this.before = [];
     this.decoding = [];
+    this.undecoded = [];
+    this.waiting = 0;
     this.total = 0;
     this.copy = null;
     this.cancelled = false;
@@ -142,8 +262,11 @@ class Attempt {
     for (const { header, section, bytes } of assembler.push(piece)) {
       if (header) {
         this.total = header.sections.reduce((sum, { decodedBytes = 0 }) => sum + decodedBytes, 0);
-        if (this.total > job.maxBytes) {
-          throw new LoadError("unsupported", `the weights take ${this.total} bytes, more than ${job.maxBytes}`);
+        if (this.total > job.maxBytes) throw tooMuch(this.total, job.maxBytes);
+        // What an index states: there float16 counts as such.
+        const sum = header.sections.reduce((sum, { blob, dtype, shape }) => sum + (blob ? 0 : bytesOf(dtype, shape)), 0);
+        if (sum !== (job.decodedBytes ?? sum)) {
+          throw new LoadError("corrupt", `the weights have ${sum} bytes, not the ${job.decodedBytes} stated`);
         }
         const hash = store && (job.integrity ?? (await contentHash(header, bytes)));
         if (hash && (await store.find(hash))) return hash;
@@ -158,20 +281,31 @@ class Attempt {
   }
 
   #decode(section, bytes) {
+    const size = bytes.length;
     const decoded = this.decoder.decode(section, bytes).then((values) => [section, values]);
     // What is found wrong with an earlier attempt is no matter of this one.
     decoded.catch((error) => this.cancelled || this.source.stop(error));
     this.decoding.push(decoded);
+    this.waiting += size;
+    const done = () => (this.waiting -= size);
+    this.undecoded.push(decoded.then(done, done));
+  }
+
+  /** Wait until the decoder has caught up, where the network is faster. */
+  async room() {
+    while (this.waiting > WAITING_AT_MOST) await unlessAborted(this.undecoded.shift(), this.job.signal);
   }
 
   #tell() {
     const { loaded, name } = this.assembler.progress;
-    // The last byte counts when everything is decoded and checked.
-    this.job.onProgress({ loaded: Math.max(0, Math.min(loaded, this.total - 1)), total: this.total, name });
+    this.job.name = name;
+    // Of a file in parts all that comes is told, not what is next in turn.
+    if (this.job.stated === undefined) this.job.tell(loaded, this.total, name);
   }
 
   async finish() {
-    const { job, assembler, total } = this;
+    const { job, assembler } = this;
+    const total = job.stated ?? this.total;
     const weights = new Weights();
     const decoded = await unlessAborted(Promise.all(this.decoding), job.signal);
     await checkIntegrity(assembler.file, job.integrity);
@@ -201,40 +335,4 @@ class Attempt {
 async function contentHash({ described, sections }, header) {
   if (!described || !sections.every(({ crc32 }) => crc32 !== undefined)) return null;
   return `header-${base64(await crypto.subtle.digest("SHA-256", header))}`;
-}
-
-async function checkIntegrity(file, integrity) {
-  if (!integrity || !globalThis.crypto?.subtle) return;
-  const [algorithm, expected] = integrity.split(/-(.*)/s);
-  const digest = await crypto.subtle.digest(algorithm.replace("sha", "SHA-"), file);
-  if (base64(digest) !== expected) throw new LoadError("corrupt", `the file does not have the hash ${integrity}`);
-}
-
-function base64(buffer) {
-  return btoa(String.fromCharCode(...new Uint8Array(buffer)));
-}
-
-/** A file out of the cache, in pieces like those of a Download. */
-class Stored {
-  constructor(response) {
-    this.response = response;
-    this.stopped = null;
-  }
-
-  stop(error) {
-    this.stopped = error;
-  }
-
-  async *pieces() {
-    let position = 0;
-    for (const reader = this.response.body.getReader(); ; ) {
-      const { done, value } = await reader.read().catch((cause) => {
-        throw new LoadError("corrupt", "the cached file cannot be read", { cause });
-      });
-      if (this.stopped) throw this.stopped;
-      if (done) return;
-      yield { position, bytes: value };
-      position += value.length;
-    }
-  }
 }

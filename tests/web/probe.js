@@ -1,5 +1,5 @@
 /** What the tests ask the page to do; results are plain values, so that Python can read them. */
-import { LoadError, load } from "/web/loader.js";
+import { LoadError, fetchParts, joinParts, load } from "/web/loader.js";
 
 const controllers = new Map();
 const pending = new Map();
@@ -33,10 +33,45 @@ async function attempt(url, { abortable, abortAt, aborted, ...options } = {}) {
     const graph = weights.graph && (await sha256(weights.graph));
     return { tensors, graph, attributes: weights.attributes, progress };
   } catch (error) {
-    if (!(error instanceof LoadError)) return { progress, bug: `${error}\n${error.stack}` };
-    const { code, message, status, cause } = error;
-    return { progress, error: { code, message, status, cause: String(cause ?? "") } };
+    return { progress, ...told(error) };
   }
+}
+
+function told(error) {
+  if (!(error instanceof LoadError)) return { bug: `${error}\n${error.stack}` };
+  const { code, message, status, cause } = error;
+  return { error: { code, message, status, cause: String(cause ?? "") } };
+}
+
+/** Any file in parts, in one piece: its hash, or the error. */
+async function join(url, parts, options) {
+  const progress = [];
+  const onProgress = (bytes) => progress.push(bytes);
+  try {
+    const bytes = await joinParts(parts, { base: new URL(url, location).href, delay: 1, onProgress, ...options });
+    return { bytes: bytes.length, sha256: await sha256(bytes), progress };
+  } catch (error) {
+    return { progress, ...told(error) };
+  }
+}
+
+let iterator, taken;
+
+/** Part by part, when Python asks for one. */
+function openParts(url, parts) {
+  iterator = fetchParts(parts, { base: new URL(url, location).href });
+  taken = [];
+}
+
+async function nextPart() {
+  const { done, value } = await iterator.next();
+  if (value) taken.push(value);
+  return !done;
+}
+
+/** What was given stays as it was, also while later parts come. */
+function takenParts() {
+  return Promise.all(taken.map(sha256));
 }
 
 async function sha256(values) {
@@ -63,6 +98,11 @@ Object.assign(globalThis, {
   attempt,
   cached,
   damageCache,
+  join,
+  openParts,
+  nextPart,
+  takenParts,
+  closeParts: async () => void (await iterator.return()),
   /** The same in two halves: something happens outside in between. */
   begin: (url, options) => void pending.set(url, attempt(url, { ...options, abortable: true })),
   abort: (url) => controllers.get(url).abort("enough"),

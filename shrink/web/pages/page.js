@@ -1,10 +1,10 @@
 // The page of an exported network: loads it, feeds it numbers drawn from a seed, and shows what comes out.
 
-import { describe, isImage, paint, tableOf } from "./show.js";
-
 const RUNS = 5;
 const BASE = new URL("./", import.meta.url);
 const element = (id) => document.getElementById(id);
+
+let show = null;
 
 /** What the page showed last: the feeds and the outputs, for whoever looks at the page from the console. */
 export let last = null;
@@ -31,9 +31,11 @@ export function seededInput(seed, number, count, values) {
 async function start() {
   const started = performance.now();
   element("status").textContent = "Loading the network …";
+  let files, manifest;
   try {
-    const { fetchFile } = await import("./shrink/fetch_file.js");
-    const manifest = JSON.parse(new TextDecoder().decode(await fetchFile(new URL("manifest.json", BASE).href)));
+    files = await part("files.js");
+    manifest = await files.readManifest();
+    show = await part("show.js");
     document.title = manifest.title;
     element("title").textContent = manifest.title;
     const adapter = await import(`./shrink/runtimes/${manifest.adapter}`);
@@ -55,7 +57,17 @@ async function start() {
     });
     element("status").textContent = ready(network);
   } catch (error) {
-    fail(error);
+    // A script that does not run is told by what it was for, not by what is wrong with it.
+    fail((error.name !== "LoadError" && manifest && (await files.damagedScript(manifest))) || error);
+  }
+}
+
+/** A module of the page itself. Imported here and not above, so that one that is missing can be named. */
+async function part(name) {
+  try {
+    return await import(`./${name}`);
+  } catch (cause) {
+    throw new Error(`${name}: it is missing or damaged`, { cause });
   }
 }
 
@@ -75,10 +87,11 @@ async function again(manifest, adapter, network) {
 // Runs once on the seed that stands in the field, shows the outputs, and returns the milliseconds of the run.
 async function run(manifest, adapter, network) {
   const seed = Number(element("seed").value) >>> 0;
-  const feeds = {};
+  // Names come out of the model, and an ordinary object has names of its own.
+  const feeds = Object.create(null);
   manifest.inputs.forEach(({ name, dtype, shape }, number) => {
     const count = shape.reduce((a, b) => a * b, 1);
-    feeds[name] = seededInput(seed, number, count, new (adapter.arrayFor(dtype))(count));
+    feeds[name] = adapter.rounded(seededInput(seed, number, count, new (adapter.arrayFor(dtype))(count)), dtype);
   });
   const start = performance.now();
   const outputs = await network.run(feeds);
@@ -100,6 +113,7 @@ function showProgress({ loaded, total }) {
 }
 
 function showOutputs(outputs) {
+  const { describe, isImage, paint, tableOf } = show;
   const shown = outputs.map((output) => {
     const box = document.createElement(isImage(output) ? "figure" : "div");
     box.className = "output";

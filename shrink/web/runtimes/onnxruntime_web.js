@@ -3,8 +3,9 @@
 // The graph is model.onnx; its weights are decoded by our loader and handed over as external data. Nothing but files
 // of the exported folder is fetched.
 
-import { SiteDownloads } from "../site_downloads.js";
 import { LoadError } from "../errors.js";
+import { fromHalves, roundedToHalf, toHalves } from "../float16.js";
+import { SiteDownloads } from "../site_downloads.js";
 
 // More threads than this no longer help networks of a size that pages have.
 const THREADS_AT_MOST = 8;
@@ -13,6 +14,8 @@ const ARRAYS = {
   float32: Float32Array, float64: Float64Array, uint8: Uint8Array, int8: Int8Array, uint16: Uint16Array,
   int16: Int16Array, uint32: Uint32Array, int32: Int32Array, uint64: BigUint64Array, int64: BigInt64Array,
   bool: Uint8Array,
+  // Not every browser has arrays for these: their numbers come and go as float32, which holds them exactly.
+  float16: Float32Array,
 };
 
 /**
@@ -21,7 +24,7 @@ const ARRAYS = {
  *
  * The network has `backend` ("wasm" or "webgpu"), `threads`, `note` (why it is not the backend that was asked for),
  * `timings` in milliseconds and `sizes` in bytes, by what they are of, and `run(feeds)`: typed arrays by input name
- * in, { name: { dims, type, data } } out.
+ * in, { name: { dims, type, data } } out. Numbers for and from float16 are float32 ones; they are rounded to it.
  */
 export async function open(manifest, options = {}) {
   const { runtime, model, weights: container } = manifest;
@@ -33,13 +36,13 @@ export async function open(manifest, options = {}) {
     return value;
   };
   const [ort, wasm, graph, weights] = await downloads.all([
-    importFile(downloads.url(runtime.api)),
+    downloads.script(runtime.api, (url) => import(url)),
     timed("Runtime downloaded after", downloads.file(runtime.wasm).then(inflated)),
     downloads.file(model),
     timed("Weights downloaded and decoded after", downloads.weights(container)),
   ]);
 
-  const { providers, note } = await executionProviders(manifest.backend);
+  const { providers, note } = await executionProviders(manifest);
   const threads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, THREADS_AT_MOST) : 1;
   ort.env.wasm.wasmBinary = wasm.buffer;
   ort.env.wasm.wasmPaths = { mjs: downloads.url(runtime.module) };
@@ -59,13 +62,14 @@ export async function open(manifest, options = {}) {
     timings,
     sizes: sizesOf(manifest),
     async run(feeds) {
-      const tensors = {};
+      // Names come out of the model, and an ordinary object has names of its own.
+      const tensors = Object.create(null);
       for (const { name, dtype, shape } of manifest.inputs) {
-        tensors[name] = new ort.Tensor(dtype, feeds[name], shape);
+        tensors[name] = new ort.Tensor(dtype, dtype === "float16" ? toHalves(feeds[name]) : feeds[name], shape);
       }
-      const outputs = {};
-      for (const [name, tensor] of Object.entries(await session.run(tensors))) {
-        outputs[name] = { dims: [...tensor.dims], type: tensor.type, data: tensor.data };
+      const outputs = Object.create(null);
+      for (const [name, { dims, type, data }] of Object.entries(await session.run(tensors))) {
+        outputs[name] = { dims: [...dims], type, data: type === "float16" ? fromHalves(bitsOf(data)) : data };
       }
       return outputs;
     },
@@ -79,6 +83,11 @@ export function arrayFor(dtype) {
   return ARRAYS[dtype];
 }
 
+/** The numbers that an input of this type gets of these. */
+export function rounded(values, dtype) {
+  return dtype === "float16" ? roundedToHalf(values) : values;
+}
+
 function sizesOf({ files, runtime, model, weights, float32_bytes }) {
   return {
     "Weights": files[weights].bytes,
@@ -90,13 +99,25 @@ function sizesOf({ files, runtime, model, weights, float32_bytes }) {
 }
 
 function externalData(external, weights) {
-  return Object.entries(external).map(([name, { location, bytes }]) => {
-    const values = weights.get(name);
+  return Object.entries(external).map(([name, { location, bytes, dtype }]) => {
+    const values = asInGraph(weights.get(name), dtype);
     if (values?.byteLength !== bytes) {
       throw new LoadError("corrupt", "the weights do not fit the network", { tensor: name });
     }
     return { path: location, data: new Uint8Array(values.buffer, values.byteOffset, bytes) };
   });
+}
+
+// The loader widens float16 to float32, and what was coded decodes to that.
+function asInGraph(values, dtype) {
+  if (!(values instanceof Float32Array)) return values;
+  if (dtype === "float16") return toHalves(values);
+  return dtype === "float64" ? Float64Array.from(values) : values;
+}
+
+// ONNX Runtime takes the bits of float16 everywhere, and gives a Float16Array where there is one.
+function bitsOf({ buffer, byteOffset, length }) {
+  return new Uint16Array(buffer, byteOffset, length);
 }
 
 // Some hosts unpack a .gz file themselves, on the way.
@@ -110,18 +131,10 @@ async function inflated(bytes) {
   }
 }
 
-async function executionProviders(backend) {
+async function executionProviders({ backend, float16 }) {
   if (backend !== "webgpu") return { providers: ["wasm"], note: "" };
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  if (adapter) return { providers: ["webgpu", "wasm"], note: "" };
-  return { providers: ["wasm"], note: "This browser offers no WebGPU here, so the network runs on WebAssembly." };
-}
-
-async function importFile(url) {
-  try {
-    return await import(url);
-  } catch (error) {
-    const name = new URL(url).pathname.split("/").pop();
-    throw new LoadError("network", `${name}: the server does not give it as a script`, { cause: error });
-  }
+  const missing = !adapter ? "no WebGPU" : float16 && !adapter.features.has("shader-f16") ? "no float16 on WebGPU" : "";
+  if (!missing) return { providers: ["webgpu", "wasm"], note: "" };
+  return { providers: ["wasm"], note: `This browser offers ${missing} here, so the network runs on WebAssembly.` };
 }

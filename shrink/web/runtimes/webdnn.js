@@ -4,7 +4,6 @@
 // WebDNN is given addresses of what came. Weights in our container are decoded on the way.
 
 import { SiteDownloads } from "../site_downloads.js";
-import { LoadError } from "../errors.js";
 
 const FILES = ["graph_webassembly.json", "kernels_webassembly.js", "kernels_webassembly.wasm"];
 
@@ -26,7 +25,7 @@ export async function open(manifest, options = {}) {
       timings["Weights downloaded and decoded after"] = downloads.elapsed();
       return raw;
     }),
-    addScript(downloads.url(runtime.api)),
+    downloads.script(runtime.api, addScript),
   ]);
   const addresses = new Map();
   try {
@@ -53,6 +52,9 @@ export function arrayFor(dtype) {
   if (dtype !== "float32") throw new TypeError(`inputs of type ${dtype} are not supported`);
   return Float32Array;
 }
+
+/** The numbers that an input gets of these. */
+export const rounded = (values) => values;
 
 function networkOf(runner, manifest, timings) {
   const { files, runtime, weights, model, float32_bytes } = manifest;
@@ -92,10 +94,7 @@ function addScript(url) {
     const script = document.createElement("script");
     script.src = url;
     script.onload = done;
-    script.onerror = () => {
-      const name = new URL(url).pathname.split("/").pop();
-      failed(new LoadError("network", `${name}: the server does not give it as a script`));
-    };
+    script.onerror = failed;
     document.head.append(script);
   });
 }

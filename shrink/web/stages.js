@@ -1,0 +1,176 @@
+// Runs a network that `shrink split --cut` wrote, on the page's own ONNX Runtime Web.
+
+import { LoadError } from "./errors.js";
+import { fetchFile } from "./fetch_file.js";
+
+const VERSION = 1;
+// One at a time leaves the connection idle; many at once delay the first.
+const DOWNLOADS_AT_ONCE = 3;
+// An index that is too large for one file lies in several, which may have an index again.
+const INDEX_ROUNDS = 8;
+
+/**
+ * Opens the stages that a `.stages.json` lists. `ort` is ONNX Runtime Web, as the page has imported it.
+ *
+ *     import { openStages } from "./shrink/stages.js";
+ *     const network = await openStages(ort, "model.stages.json");
+ *     const results = await network.run({ x: new ort.Tensor("float32", data, [1, 3, 256, 256]) });
+ *     await network.close();
+ *
+ * With `sequential`, each run loads a stage, runs it and drops it before the next one is loaded: memory for one stage
+ * at a time, and the browser's cache in place of a download from the second run on. `sessionOptions` go to every
+ * session. `onProgress({ loaded, total })` counts bytes; with `sequential`, those of each run. `signal` aborts.
+ *
+ * Every file is checked against its length and, on https and localhost, its hash. Throws LoadError.
+ *
+ * Feeds and results are tensors by name. What stages hand to each other is disposed of after its last use.
+ */
+export async function openStages(ort, url, { sequential = false, sessionOptions = {}, onProgress, signal } = {}) {
+  const index = await fetchIndex(new URL(url, globalThis.location?.href).href, signal);
+  const load = (stage, progress) => fetchStage(index.base, stage, progress, signal);
+  const create = ({ model, externalData }) =>
+    ort.InferenceSession.create(model, externalData.length ? { ...sessionOptions, externalData } : sessionOptions);
+  const total = index.stages.reduce((sum, stage) => sum + bytesOf(stage), 0);
+  const counted = () => counter(total, onProgress);
+  let closed = false;
+  let sessions = [];
+  if (!sequential) {
+    const progress = counted();
+    sessions = await openAll(index.stages, (stage) => load(stage, progress), create);
+  }
+
+  async function run(feeds) {
+    if (closed) throw new Error("the network is closed");
+    const held = new Map(Object.entries(feeds));
+    for (const { name } of index.inputs) {
+      if (!held.has(name)) throw new TypeError(`the network needs an input ${JSON.stringify(name)}`);
+    }
+    const results = new Map();
+    const progress = counted();
+    const ours = new Set();
+    const drop = (name) => {
+      if (ours.delete(name)) held.get(name).dispose();
+      held.delete(name);
+    };
+    try {
+      for (const [number, stage] of index.stages.entries()) {
+        const session = sequential ? await create(await load(stage, progress)) : sessions[number];
+        try {
+          const given = await session.run(Object.fromEntries(stage.inputs.map((name) => [name, held.get(name)])));
+          for (const name of stage.outputs) {
+            held.set(name, given[name]);
+            if (index.results.has(name)) results.set(name, given[name]);
+            else ours.add(name);
+          }
+        } finally {
+          if (sequential) await session.release();
+        }
+        stage.drop.forEach(drop);
+      }
+    } finally {
+      // After a failure there is more left than what the stages drop.
+      [...ours].forEach(drop);
+    }
+    return Object.fromEntries(index.outputs.map(({ name }) => [name, results.get(name)]));
+  }
+
+  return {
+    inputs: index.inputs,
+    outputs: index.outputs,
+    run,
+    async close() {
+      closed = true;
+      await Promise.all(sessions.splice(0).map((session) => session.release()));
+    },
+  };
+}
+
+/** All sessions. Files are loaded side by side; sessions are built one by one, as not every backend can do otherwise. */
+async function openAll(stages, load, create) {
+  const sessions = new Array(stages.length);
+  const left = stages.entries();
+  let last = Promise.resolve();
+  const work = async () => {
+    for (const [number, stage] of left) {
+      const files = await load(stage);
+      last = last.then(async () => (sessions[number] = await create(files)));
+      await last;
+    }
+  };
+  const workers = await Promise.allSettled(Array.from({ length: DOWNLOADS_AT_ONCE }, work));
+  const failed = workers.find(({ status }) => status === "rejected");
+  if (failed) {
+    await Promise.all(sessions.map((session) => session?.release()));
+    throw failed.reason;
+  }
+  return sessions;
+}
+
+async function fetchStage(base, stage, progress, signal) {
+  const model = await fetchPart(base, stage, progress, signal);
+  const externalData = [];
+  for (const part of stage.data ?? []) {
+    externalData.push({ path: part.file, data: await fetchPart(base, part, progress, signal) });
+  }
+  return { model, externalData };
+}
+
+/** A function for each file that takes the bytes loaded of it, for progress over all of them. */
+function counter(total, onProgress = () => {}) {
+  const loaded = new Map();
+  let sum = 0;
+  return (file) => (bytes) => {
+    sum += bytes - (loaded.get(file) ?? 0);
+    loaded.set(file, bytes);
+    onProgress({ loaded: sum, total });
+  };
+}
+
+const bytesOf = ({ bytes, data = [] }) => data.reduce((sum, part) => sum + part.bytes, bytes);
+
+function fetchPart(base, { file, bytes, integrity }, progress, signal) {
+  return fetchFile(new URL(encodeURIComponent(file), base).href, { bytes, integrity, onProgress: progress?.(file), signal });
+}
+
+async function fetchIndex(url, signal) {
+  let content = parsed(await fetchFile(url, { signal }));
+  for (let round = 0; content?.shrink?.index && round < INDEX_ROUNDS; round++) {
+    const parts = content.shrink.index.parts;
+    if (!Array.isArray(parts) || !parts.every(isPart)) throw corrupt();
+    const texts = [];
+    for (const part of parts) texts.push(await fetchPart(url, part, undefined, signal));
+    content = parsed(await new Blob(texts).arrayBuffer());
+  }
+  if (content?.version > VERSION) throw new LoadError("unsupported", "the stages were written by a newer shrink");
+  const { version, inputs, outputs, stages } = content ?? {};
+  const named = (list) => Array.isArray(list) && list.every((item) => typeof item?.name === "string");
+  if (version !== VERSION || !named(inputs) || !named(outputs) || !Array.isArray(stages) || !stages.every(isStage)) {
+    throw corrupt();
+  }
+  return { base: url, inputs, outputs, stages, results: new Set(outputs.map(({ name }) => name)) };
+}
+
+function parsed(data) {
+  try {
+    return JSON.parse(new TextDecoder().decode(data));
+  } catch (error) {
+    throw corrupt(error);
+  }
+}
+
+const corrupt = (cause) => new LoadError("corrupt", "this is no list of stages that shrink wrote", { cause });
+
+function isStage(stage) {
+  const names = [stage?.inputs, stage?.outputs, stage?.drop];
+  const data = stage?.data ?? [];
+  return isPart(stage) && names.every(isNames) && Array.isArray(data) && data.every(isPart);
+}
+
+const isNames = (names) => Array.isArray(names) && names.every((name) => typeof name === "string");
+
+/** Whether this names a file in the folder of the index, and says how long it is and what it holds. */
+function isPart(part) {
+  const { file, bytes, integrity } = part ?? {};
+  const isPlain = typeof file === "string" && !/[/\\\0]/.test(file) && !["", ".", ".."].includes(file);
+  return isPlain && Number.isSafeInteger(bytes) && bytes >= 0 && /^sha256-[A-Za-z0-9+/]{43}=$/.test(integrity);
+}
