@@ -212,8 +212,8 @@ def divide(
 ) -> Division:
     """The fewest stages of at most `limit` bytes, then the least crossing, then the most even.
 
-    A unit that is over the limit by itself is a stage with next to nothing else. A file is `base_bytes`, its nodes and items, and
-    `edge_bytes` for each tensor that it takes or gives.
+    A unit that is over the limit by itself is a stage with next to nothing else. A file is `base_bytes`, its nodes
+    and items, and `edge_bytes` for each tensor that it takes or gives.
     """
     count = len(order)
     last = _last_uses(graph, order)

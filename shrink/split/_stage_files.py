@@ -233,6 +233,7 @@ class StageFiles:
             # What is left of an old set is in nobody's way.
             with contextlib.suppress(OSError):
                 (self.folder / name).unlink()
+        shutil.rmtree(work.path, ignore_errors=True)
 
 
 class _Work:

@@ -83,7 +83,7 @@ def graph_inputs(proto: ModelProto) -> list[ValueInfoProto]:
 
 
 def examine(proto: ModelProto, source: Path, shapes: Sequence[tuple[int, ...]] | None = None) -> Graph:
-    """`proto` as a graph to cut; it is changed: `Shape` nodes whose answer is known become constants.
+    """`proto` as a graph to cut. It is changed: nodes are put in order, and a `Shape` that is known becomes constant.
 
     `shapes` are those of the inputs, in order. None takes them from the model, where a first dimension that is open
     is 1, the batch. Initializers need no data, but small ones that say shapes and axes.
@@ -95,7 +95,8 @@ def examine(proto: ModelProto, source: Path, shapes: Sequence[tuple[int, ...]] |
     """
     _check_names(proto, source)
     input_shapes = _input_shapes(proto, shapes, source)
-    ranks = _ranks(proto, source)
+    _put_in_order(proto, source)
+    ranks = range(len(proto.graph.node))
     types = _types(proto)
     _fold_shapes(proto, types)
     sized = _types(_with_shapes(proto, input_shapes))
@@ -159,21 +160,21 @@ def _captured(graph: GraphProto) -> list[str]:
     return [name for name in used if name not in own]
 
 
-def _ranks(proto: ModelProto, source: Path) -> list[int]:
-    """The place of each node in a running order, the file's own where that is one."""
+def _put_in_order(proto: ModelProto, source: Path) -> None:
+    """Bring the nodes in a running order, the file's own where that is one: inference wants it, and so do models."""
     makers = {name: number for number, node in enumerate(proto.graph.node) for name in node.output if name}
     before = [{makers[name] for name in reads(node) if name in makers} for node in proto.graph.node]
     order = in_order(before)
     if len(order) != len(before):
         raise BadInput("its nodes wait for each other in a circle", file=source)
-    ranks = [0] * len(order)
-    for place, number in enumerate(order):
-        ranks[number] = place
-    return ranks
+    if order != list(range(len(order))):
+        nodes = [proto.graph.node[number] for number in order]
+        del proto.graph.node[:]
+        proto.graph.node.extend(nodes)
 
 
 def in_order(before: Sequence[Iterable[int]]) -> list[int]:
-    """Numbers so that each comes after all of its `before`, the lowest possible first; short where there is a circle."""
+    """Numbers so that each comes after all of its `before`, the lowest first; short where there is a circle."""
     after: list[list[int]] = [[] for _ in before]
     waits = [0] * len(before)
     for number, earlier in enumerate(before):
@@ -322,7 +323,8 @@ def _ops(proto: ModelProto, ranks: Sequence[int]) -> tuple[list[Op], set[str]]:
         if (recipe := recipes.get(info.name)) is not None:
             feeds, read = recipe.feeds, recipe.reads
             ops.append(Op(None, "", tuple(sorted(read)), tuple(sorted(feeds)), (info.name,), recipe.items))
-    inputs = {info.name for info in graph.input}
+    # Before IR version 4 every initializer is an input too; later, one that is can be fed.
+    inputs = {info.name for info in graph.input} if proto.ir_version >= 4 else set()
     constants = {name for name, r in recipes.items() if not r.feeds and not r.reads and name not in inputs}
     return ops, constants
 
