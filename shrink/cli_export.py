@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from shrink import recipe as recipes
 from shrink.errors import OutputError, ShrinkError, UsageError, printable
 from shrink.export import Target, all_targets, by_name
 from shrink.files import atomic_folder
+from shrink.manifest import MANIFEST
 from shrink.pipeline import Change
+from shrink.split import hosts
+from shrink.split import site as splitting
 from shrink.terminal import bar, emit, in_words
 
 __all__ = ["export", "serve"]
@@ -44,6 +48,13 @@ _debug = click.option("--debug", is_flag=True, hidden=True, expose_value=False)
     type=click.Path(path_type=Path),
     help="A folder of the npm package onnxruntime-web or webdnn, any version.",
 )
+@click.option(
+    "--max-mb", type=float, metavar="N", help="No file above N MB: larger ones are split, see `shrink split`."
+)
+@click.option("--max-mib", type=float, metavar="N", help="No file above N MiB.")
+@click.option("--host", "host_name", metavar="NAME", help="No file above what that host takes: see `shrink hosts`.")
+@click.option("--cut", is_flag=True, help="Cut the network into stages within the limit that run one after another.")
+@click.option("--sequential", is_flag=True, help="With --cut: load, run and drop one stage at a time; saves memory.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--force", is_flag=True, help="Replace an exported page.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -57,6 +68,11 @@ def export(
     inputs: tuple[str, ...],
     backend: str | None,
     runtime: Path | None,
+    max_mb: float | None,
+    max_mib: float | None,
+    host_name: str | None,
+    cut: bool,
+    sequential: bool,
     output: Path,
     force: bool,
     as_json: bool,
@@ -74,10 +90,14 @@ def export(
     Example:
       shrink export networks.py:Generator --weights gen.npz --input 1,110 --to webdnn -o site/
       shrink export model.onnx --to onnxruntime-web --mode eightbit --backend webgpu -o site/
+      shrink export model.onnx --to onnxruntime-web --max-mb 20 --cut --sequential -o site/
       shrink serve site/
     """
     writer = by_name(target)
-    options = _options(writer, backend=backend, runtime=runtime)
+    limit, host = _limit(max_mb, max_mib, host_name, cut, sequential)
+    options = _options(
+        writer, backend=backend, runtime=runtime, cut=limit if cut else None, sequential=sequential or None
+    )
     recipe = None
     if mode is not None or recipe_file is not None:
         recipe = recipes.from_flags(mode, (), (), recipes.read(recipe_file) if recipe_file else None, {})
@@ -88,7 +108,34 @@ def export(
     with bar("exporting") as progress, atomic_folder(output) as folder, _naming(output, folder):
         exported = writer.export(network, folder, recipe, progress, **options)
         manifest = site.add_page(folder, target, network.title, exported)
+        if limit is not None:
+            splitting.plan(folder, limit, folder).write(progress)
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+    if host is not None:
+        for warning in hosts.warnings(host, _sizes(manifest), is_page=True):
+            click.echo(f"shrink: warning: {printable(warning, at_most=400)}", err=True)
     _report(model, output, exported.changes, [*notes, *exported.notes], manifest, as_json)
+
+
+def _limit(
+    max_mb: float | None, max_mib: float | None, host_name: str | None, cut: bool, sequential: bool
+) -> tuple[int | None, hosts.Host | None]:
+    if sequential and not cut:
+        raise UsageError("--sequential is for --cut")
+    if not cut and max_mb is None and max_mib is None and host_name is None:
+        return None, None
+    limit, _, host = hosts.limit(max_mb, max_mib, host_name)
+    return limit, host
+
+
+def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    """Bytes of every file of the page, by path."""
+    sizes: dict[str, int] = {}
+    for path, about in manifest["files"].items():
+        folder, _, _ = path.rpartition("/")
+        parts = {f"{folder}/{part['file']}".lstrip("/"): part["bytes"] for part in about.get("parts", ())}
+        sizes |= parts or {path: about["bytes"]}
+    return sizes
 
 
 @contextlib.contextmanager
@@ -131,7 +178,7 @@ def _report(
     manifest: dict[str, Any],
     as_json: bool,
 ) -> None:
-    sizes = {path: about["bytes"] for path, about in manifest["files"].items()}
+    sizes = _sizes(manifest)
     result = {
         "input": model,
         "output": str(output),

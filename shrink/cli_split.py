@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import click
 from shrink import formats, site, split
 from shrink.errors import UsageError, printable
 from shrink.files import file_size, io_errors
+from shrink.manifest import is_manifest
 from shrink.split import hosts
 from shrink.terminal import bar, emit, in_words, size_on_disk
 
@@ -63,8 +62,7 @@ def split_command(
       shrink split site/ --host cloudflare-pages
       shrink split model.onnx --max-mb 20 --cut
     """
-    host = hosts.by_name(host_name) if host_name is not None else None
-    limit, limit_in_words = _limit(max_mb, max_mib, host)
+    limit, limit_in_words, host = hosts.limit(max_mb, max_mib, host_name)
     if inputs and not cut:
         raise UsageError("--input is for --cut")
     source = model if model is not None else split.the_model_in(Path())
@@ -79,26 +77,9 @@ def split_command(
     _report_split(plan, limit_in_words, cut, dry_run, as_json)
 
 
-def _limit(max_mb: float | None, max_mib: float | None, host: hosts.Host | None) -> tuple[int, str]:
-    """The limit in bytes, and as the user or the host says it."""
-    given = [value is not None for value in (max_mb, max_mib, host)]
-    if sum(given) != 1:
-        raise UsageError("give one of --max-mb, --max-mib and --host")
-    if host is not None:
-        if host.file_bytes is None:
-            raise UsageError(
-                f"{host.title} publishes no limit of one file", hint="give the one that you meet: --max-mb N"
-            )
-        return host.file_bytes, f"{host.file} ({host.title})"
-    number, unit, size = (max_mb, "MB", 10**6) if max_mb is not None else (max_mib, "MiB", 1 << 20)
-    if number is None or not math.isfinite(number) or number * size < split.SMALLEST_LIMIT:
-        option = f"--max-{unit.lower()} {number:g}"
-        raise UsageError(f"{option} is too small: at least {split.SMALLEST_LIMIT:,} bytes, --max-mb 0.01")
-    # Decimal: 8.2 MB are 8,200,000 bytes, which 8.2 * 10**6 is not.
-    return int(Decimal(repr(number)) * size), f"{number:g} {unit}"
-
-
 def _plan(source: Path, limit: int, output: Path | None, cut: bool, inputs: tuple[str, ...], force: bool) -> split.Plan:
+    if cut and is_manifest(source):
+        raise UsageError("a page is cut when it is exported", file=source, hint="shrink export … --cut --max-mb N")
     if cut and (source.is_dir() or formats.sniff(source).NAME != "onnx"):
         raise UsageError("--cut is for ONNX files", file=source)
     size = _size_of_all(source, limit)

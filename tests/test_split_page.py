@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from shrink.manifest import MANIFEST
 from shrink.progress import silent
 from shrink.split import site as splitting
+from tests.command import run
 from tests.pages import chromium, exported, needs_package, opened, put_networks, served
 
 if TYPE_CHECKING:
@@ -96,3 +99,48 @@ def test_a_page_of_two_deployments_draws_nothing_or_the_right_thing(browser: Bro
     with served(split) as url, opened(browser, url) as page:
         assert WEIGHTS in page.text("#error")
         assert page.page.locator("canvas").count() == 0
+
+
+@needs_package
+@pytest.mark.parametrize("options", [[], ["--sequential"], ["--mode", "float16"]], ids=" ".join)
+def test_stages_compute_the_same_bit_for_bit(browser: Browser, whole: Path, options: list[str]) -> None:
+    modes = [option for option in options if option != "--sequential"]
+    with served(exported(whole.parent, "generator", *modes)) as url, opened(browser, url) as page:
+        expected = page.outputs()
+    cut = exported(whole.parent, "generator", "--max-mb", "0.05", "--cut", *options)
+    stages = json.loads((cut / MANIFEST).read_bytes())["stages"]
+    assert len(stages) > 1
+    assert max(p.stat().st_size for p in cut.rglob("*") if p.is_file()) <= LIMIT
+    with served(cut) as url, opened(browser, url) as page:
+        assert page.faults == []
+        outputs = page.outputs()
+        assert page.page.evaluate("progress.value === progress.max")
+    assert list(outputs) == list(expected)
+    for name, values in expected.items():
+        assert np.array_equal(outputs[name], values)
+
+
+@needs_package
+def test_a_damaged_stage_is_named(browser: Browser, whole: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(exported(whole.parent, "generator", "--max-mb", "0.05", "--cut", "--sequential"), cut)
+    (cut / "model-2.onnx").write_bytes(b"")
+    with served(cut) as url, opened(browser, url) as page:
+        assert "model-2.onnx" in page.text("#error")
+        assert page.page.locator("canvas").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--cut"], "give one of --max-mb, --max-mib and --host"),
+        (["--sequential", "--max-mb", "20"], "--sequential is for --cut"),
+        (["--max-mb", "20", "--host", "github"], "give one of"),
+        (["--cut", "--max-mb", "20", "--to", "webdnn"], "--cut is not for webdnn"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_belong_together(tmp_path: Path, options: list[str], said: str) -> None:
+    to = [] if "--to" in options else ["--to", "onnxruntime-web"]
+    done = run("export", tmp_path / "model.onnx", *to, *options, "-o", tmp_path / "site")
+    assert (done.code, said in done.stderr) == (2, True), done.stderr

@@ -19,6 +19,7 @@ import numpy as np
 from shrink import container
 from shrink.errors import BadInput, UsageError
 from shrink.export import Exported, Network, _npm
+from shrink.export._stages import in_stages
 from shrink.files import atomic_file
 from shrink.formats._onnx_proto import NAMED_DTYPES, Reader, clear, parse
 from shrink.model import DTYPES, Entry, Model, Quantized
@@ -52,6 +53,7 @@ _NO_PROPERTY = "__proto__"
 # Packed once and downloaded often: high enough that both coders are tried on every tensor.
 _LEVEL = 10
 _GZIP_LEVEL = 10
+_WEIGHTS = "weights.safetensors"
 _LOADS = re.compile(rb"\bort-wasm-simd-threaded(?:\.[a-z]+)?\.mjs\b")
 _LICENSE = Path(__file__).parents[1] / "web" / "runtimes" / "onnxruntime_web.LICENSE.txt"
 
@@ -64,10 +66,13 @@ def export(
     *,
     backend: str = "wasm",
     runtime: Path | None = None,
+    cut: int | None = None,
+    sequential: bool = False,
 ) -> Exported:
     """Fill `folder` with the graph, the weights and the runtime for `backend`, "wasm" or "webgpu".
 
-    `runtime` is a folder of the npm package onnxruntime-web; None finds or downloads the pinned version.
+    `runtime` is a folder of the npm package onnxruntime-web; None finds or downloads the pinned version. With `cut` the
+    network is in stages of that many bytes at most; with `sequential` the page loads, runs and drops one at a time.
 
     Raises:
         UsageError: an unknown backend, a model without a graph, or a recipe that does not fit it.
@@ -94,27 +99,31 @@ def export(
     if recipe is not None:
         entries = quantized(model, decided(model, recipe), progress, changes.append)
     external: dict[str, dict[str, Any]] = {}
-    container.write(
+    sizes = container.write(
         _externalized(proto, entries, external, source),
-        folder / "weights.safetensors",
+        folder / _WEIGHTS,
         source=model.source.format,
         attributes={},
         graph=None,
         level=_LEVEL,
     )
-    _put(folder / "model.onnx", proto.SerializeToString(deterministic=True))
+    notes: list[str] = []
+    files: dict[str, Any] = {"model": "model.onnx", "weights": _WEIGHTS, "external": external}
+    if cut is None:
+        _put(folder / "model.onnx", proto.SerializeToString(deterministic=True))
+    else:
+        stages, notes = in_stages(proto, network.input_shapes, folder / _WEIGHTS, sizes, external, cut, source)
+        files = {"stages": stages, "sequential": sequential}
     page = {
         "backend": backend,
         "float16": _has_float16(proto),
         "inputs": inputs,
         "outputs": outputs,
-        "model": "model.onnx",
-        "weights": "weights.safetensors",
-        "external": external,
+        **files,
         "runtime": {"name": "ONNX Runtime Web", "version": found.version, **_runtime(found, backend, folder)},
         "float32_bytes": _float32_bytes(model),
     }
-    return Exported(page, tuple(changes))
+    return Exported(page, tuple(changes), tuple(notes))
 
 
 def _runtime(found: _npm.Package, backend: str, folder: Path) -> dict[str, str]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shrink.errors import BadInput, UsageError, printable
 from shrink.files import read_all
+from shrink.split import SMALLEST_LIMIT
 
-__all__ = ["Cannot", "Host", "all_hosts", "by_name", "parse", "size_in_bytes", "warnings"]
+__all__ = ["Cannot", "Host", "all_hosts", "by_name", "limit", "parse", "size_in_bytes", "warnings"]
 
 _TABLE = Path(__file__).with_name("hosts.toml")
 _TABLE_AT_MOST = 1_000_000
@@ -86,6 +89,29 @@ def by_name(name: str) -> Host:
         return all_hosts()[name]
     except KeyError:
         raise UsageError(f"no such host: {printable(name)}", hint="one of " + ", ".join(all_hosts())) from None
+
+
+def limit(max_mb: float | None, max_mib: float | None, host_name: str | None) -> tuple[int, str, Host | None]:
+    """The limit of one file in bytes, the same as it was said, and the host, where one was said.
+
+    Raises:
+        UsageError: not exactly one is given, it is too small, or the host is unknown or publishes none.
+    """
+    if sum(value is not None for value in (max_mb, max_mib, host_name)) != 1:
+        raise UsageError("give one of --max-mb, --max-mib and --host")
+    if host_name is not None:
+        host = by_name(host_name)
+        if host.file_bytes is None:
+            raise UsageError(
+                f"{host.title} publishes no limit of one file", hint="give the one that you meet: --max-mb N"
+            )
+        return host.file_bytes, f"{host.file} ({host.title})", host
+    number, unit, size = (max_mb, "MB", 10**6) if max_mb is not None else (max_mib, "MiB", 1 << 20)
+    if number is None or not math.isfinite(number) or number * size < SMALLEST_LIMIT:
+        option = f"--max-{unit.lower()} {number:g}"
+        raise UsageError(f"{option} is too small: at least {SMALLEST_LIMIT:,} bytes, --max-mb 0.01")
+    # Decimal: 8.2 MB are 8,200,000 bytes, which 8.2 * 10**6 is not.
+    return int(Decimal(repr(number)) * size), f"{number:g} {unit}", None
 
 
 def warnings(host: Host, sizes: Mapping[str, int], *, is_page: bool) -> list[str]:

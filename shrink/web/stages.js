@@ -1,11 +1,10 @@
 // Runs a network that `shrink split --cut` wrote, on the page's own ONNX Runtime Web.
 
+import { openChain } from "./chain.js";
 import { LoadError } from "./errors.js";
 import { fetchFile } from "./fetch_file.js";
 
 const VERSION = 1;
-// One at a time leaves the connection idle; many at once delay the first.
-const DOWNLOADS_AT_ONCE = 3;
 // An index that is too large for one file lies in several, which may have an index again.
 const INDEX_ROUNDS = 8;
 
@@ -32,78 +31,19 @@ export async function openStages(ort, url, { sequential = false, sessionOptions 
     ort.InferenceSession.create(model, externalData.length ? { ...sessionOptions, externalData } : sessionOptions);
   const total = index.stages.reduce((sum, stage) => sum + bytesOf(stage), 0);
   const counted = () => counter(total, onProgress);
-  let closed = false;
-  let sessions = [];
-  if (!sequential) {
-    const progress = counted();
-    sessions = await openAll(index.stages, (stage) => load(stage, progress), create);
-  }
-
-  async function run(feeds) {
-    if (closed) throw new Error("the network is closed");
-    const held = new Map(Object.entries(feeds));
-    for (const { name } of index.inputs) {
-      if (!held.has(name)) throw new TypeError(`the network needs an input ${JSON.stringify(name)}`);
-    }
-    const results = new Map();
-    const progress = counted();
-    const ours = new Set();
-    const drop = (name) => {
-      if (ours.delete(name)) held.get(name).dispose();
-      held.delete(name);
-    };
-    try {
-      for (const [number, stage] of index.stages.entries()) {
-        const session = sequential ? await create(await load(stage, progress)) : sessions[number];
-        try {
-          const given = await session.run(Object.fromEntries(stage.inputs.map((name) => [name, held.get(name)])));
-          for (const name of stage.outputs) {
-            held.set(name, given[name]);
-            if (index.results.has(name)) results.set(name, given[name]);
-            else ours.add(name);
-          }
-        } finally {
-          if (sequential) await session.release();
-        }
-        stage.drop.forEach(drop);
-      }
-    } finally {
-      // After a failure there is more left than what the stages drop.
-      [...ours].forEach(drop);
-    }
-    return Object.fromEntries(index.outputs.map(({ name }) => [name, results.get(name)]));
-  }
-
+  const chain = await openChain(index.stages, { results: index.results, load, create, begin: counted, sequential });
   return {
     inputs: index.inputs,
     outputs: index.outputs,
-    run,
-    async close() {
-      closed = true;
-      await Promise.all(sessions.splice(0).map((session) => session.release()));
+    async run(feeds) {
+      for (const { name } of index.inputs) {
+        if (!Object.hasOwn(feeds, name)) throw new TypeError(`the network needs an input ${JSON.stringify(name)}`);
+      }
+      const results = await chain.run(feeds);
+      return Object.fromEntries(index.outputs.map(({ name }) => [name, results.get(name)]));
     },
+    close: chain.close,
   };
-}
-
-/** All sessions. Files are loaded side by side; sessions are built one by one, as not every backend can do otherwise. */
-async function openAll(stages, load, create) {
-  const sessions = new Array(stages.length);
-  const left = stages.entries();
-  let last = Promise.resolve();
-  const work = async () => {
-    for (const [number, stage] of left) {
-      const files = await load(stage);
-      last = last.then(async () => (sessions[number] = await create(files)));
-      await last;
-    }
-  };
-  const workers = await Promise.allSettled(Array.from({ length: DOWNLOADS_AT_ONCE }, work));
-  const failed = workers.find(({ status }) => status === "rejected");
-  if (failed) {
-    await Promise.all(sessions.map((session) => session?.release()));
-    throw failed.reason;
-  }
-  return sessions;
 }
 
 async function fetchStage(base, stage, progress, signal) {
@@ -147,7 +87,7 @@ async function fetchIndex(url, signal) {
   if (version !== VERSION || !named(inputs) || !named(outputs) || !Array.isArray(stages) || !stages.every(isStage)) {
     throw corrupt();
   }
-  return { base: url, inputs, outputs, stages, results: new Set(outputs.map(({ name }) => name)) };
+  return { base: url, inputs, outputs, stages, results: outputs.map(({ name }) => name) };
 }
 
 function parsed(data) {

@@ -12,6 +12,8 @@ addEventListener("message", async ({ data: { module, id, section, bytes } }) => 
   try {
     const values = await (await decoder).decode(section, bytes);
     postMessage({ id, values }, [values.buffer]);
+    // Left to itself, the browser would tidy up when it pleases.
+    if (bytes.byteLength) bytes.buffer.transfer?.(0);
   } catch ({ code, message }) {
     postMessage({ id, error: { code, message } });
   }

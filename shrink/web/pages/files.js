@@ -45,10 +45,10 @@ export async function damagedScript({ files }) {
 function faultOf(manifest) {
   if (!isObject(manifest) || !("shrink" in manifest)) return "it is not what shrink wrote";
   if (manifest.shrink !== VERSION) return `its version is ${JSON.stringify(manifest.shrink)}, this page knows ${VERSION}`;
-  const { title, adapter, files, runtime, model, weights, inputs, outputs } = manifest;
-  const texts = { title, adapter, model, weights };
+  const { title, adapter, files, runtime, model, weights, inputs, outputs, stages = [{ model, weights }] } = manifest;
+  const texts = { title, adapter, ...(Array.isArray(stages) ? stages.at(-1) : { stages }) };
   const wrong =
-    Object.keys(texts).find((key) => typeof texts[key] !== "string") ??
+    ["title", "adapter", "model", "weights"].find((key) => typeof texts[key] !== "string") ??
     (/^\w+\.js$/.test(adapter) ? null : "adapter") ??
     (isObject(files) && Object.values(files).every(isListed) ? null : "files") ??
     (isObject(runtime) ? null : "runtime") ??

@@ -3,6 +3,7 @@
 // The graph is model.onnx; its weights are decoded by our loader and handed over as external data. Nothing but files
 // of the exported folder is fetched.
 
+import { openChain } from "../chain.js";
 import { LoadError } from "../errors.js";
 import { fromHalves, roundedToHalf, toHalves } from "../float16.js";
 import { SiteDownloads } from "../site_downloads.js";
@@ -27,40 +28,36 @@ const ARRAYS = {
  * in, { name: { dims, type, data } } out. Numbers for and from float16 are float32 ones; they are rounded to it.
  */
 export async function open(manifest, options = {}) {
-  const { runtime, model, weights: container } = manifest;
-  const downloads = new SiteDownloads(manifest, [runtime.wasm, model, container], options);
+  const { runtime, sequential = false } = manifest;
+  const stages = stagesOf(manifest);
+  const paths = [runtime.wasm, ...stages.flatMap(({ model, weights }) => [model, weights])];
+  const downloads = new SiteDownloads(manifest, paths, options);
   const timings = {};
-  const timed = async (name, work) => {
-    const value = await work;
-    timings[name] = downloads.elapsed();
-    return value;
+  const ready = prepare(manifest, downloads, timings);
+  const load = async ({ model, weights, external }) => {
+    const [graph, values] = await Promise.all([downloads.file(model), downloads.weights(weights)]);
+    timings["Weights downloaded and decoded after"] = downloads.elapsed();
+    return { graph, externalData: externalData(external, values) };
   };
-  const [ort, wasm, graph, weights] = await downloads.all([
-    downloads.script(runtime.api, (url) => import(url)),
-    timed("Runtime downloaded after", downloads.file(runtime.wasm).then(inflated)),
-    downloads.file(model),
-    timed("Weights downloaded and decoded after", downloads.weights(container)),
-  ]);
-
-  const { providers, note } = await executionProviders(manifest);
-  const threads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, THREADS_AT_MOST) : 1;
-  ort.env.wasm.wasmBinary = wasm.buffer;
-  ort.env.wasm.wasmPaths = { mjs: downloads.url(runtime.module) };
-  ort.env.wasm.numThreads = threads;
-  ort.env.logLevel = "error";
-  const start = performance.now();
-  const session = await ort.InferenceSession.create(graph, {
-    executionProviders: providers,
-    externalData: externalData(manifest.external, weights),
-  });
-  timings["Network built in"] = performance.now() - start;
+  const create = async ({ graph, externalData }) => {
+    const { ort, providers } = await ready;
+    const start = performance.now();
+    const session = await ort.InferenceSession.create(graph, { executionProviders: providers, externalData });
+    timings["Network built in"] = (timings["Network built in"] ?? 0) + performance.now() - start;
+    // ONNX Runtime has its own copy. Left to itself, the browser would tidy up when it pleases.
+    for (const { data } of externalData) data.buffer.transfer?.(0);
+    return session;
+  };
+  const results = manifest.outputs.map(({ name }) => name);
+  const opening = openChain(stages, { results, load, create, sequential });
+  const [{ ort, providers, threads, note }, chain] = await downloads.all([ready, opening]);
 
   return {
     backend: providers[0],
     threads,
     note,
     timings,
-    sizes: sizesOf(manifest),
+    sizes: sizesOf(manifest, stages),
     async run(feeds) {
       // Names come out of the model, and an ordinary object has names of its own.
       const tensors = Object.create(null);
@@ -68,13 +65,35 @@ export async function open(manifest, options = {}) {
         tensors[name] = new ort.Tensor(dtype, dtype === "float16" ? toHalves(feeds[name]) : feeds[name], shape);
       }
       const outputs = Object.create(null);
-      for (const [name, { dims, type, data }] of Object.entries(await session.run(tensors))) {
+      for (const [name, { dims, type, data }] of await chain.run(tensors)) {
         outputs[name] = { dims: [...dims], type, data: type === "float16" ? fromHalves(bitsOf(data)) : data };
       }
       return outputs;
     },
-    close: () => session.release(),
+    close: chain.close,
   };
+}
+
+/** The stages of the network; one that is not cut is a single stage. */
+function stagesOf({ stages, model, weights, external, inputs, outputs }) {
+  const names = (list) => list.map(({ name }) => name);
+  return stages ?? [{ model, weights, external, inputs: names(inputs), outputs: names(outputs), drop: [] }];
+}
+
+/** ONNX Runtime, set up for this browser. */
+async function prepare(manifest, downloads, timings) {
+  const { runtime } = manifest;
+  const [ort, wasm] = await Promise.all([
+    downloads.script(runtime.api, (url) => import(url)),
+    downloads.file(runtime.wasm).then(inflated),
+  ]);
+  timings["Runtime downloaded after"] = downloads.elapsed();
+  const threads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, THREADS_AT_MOST) : 1;
+  ort.env.wasm.wasmBinary = wasm.buffer;
+  ort.env.wasm.wasmPaths = { mjs: downloads.url(runtime.module) };
+  ort.env.wasm.numThreads = threads;
+  ort.env.logLevel = "error";
+  return { ort, threads, ...(await executionProviders(manifest)) };
 }
 
 /** The typed array that an input of this type takes. */
@@ -88,13 +107,13 @@ export function rounded(values, dtype) {
   return dtype === "float16" ? roundedToHalf(values) : values;
 }
 
-function sizesOf({ files, runtime, model, weights, float32_bytes }) {
+function sizesOf({ files, runtime, float32_bytes }, stages) {
+  const sum = (paths) => paths.reduce((bytes, path) => bytes + files[path].bytes, 0);
   return {
-    "Weights": files[weights].bytes,
+    "Weights": sum(stages.map(({ weights }) => weights)),
     "… as float32": float32_bytes,
-    "Graph": files[model].bytes,
-    [`${runtime.name} ${runtime.version}`]:
-      files[runtime.api].bytes + files[runtime.module].bytes + files[runtime.wasm].bytes,
+    "Graph": sum(stages.map(({ model }) => model)),
+    [`${runtime.name} ${runtime.version}`]: sum([runtime.api, runtime.module, runtime.wasm]),
   };
 }
 
