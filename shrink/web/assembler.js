@@ -101,6 +101,7 @@ class Growing {
     if (needed > this.bytes.length) {
       const larger = allocate(Math.min(this.size, Math.max(needed, 2 * this.bytes.length)));
       larger.set(this.bytes);
+      release(this.bytes);
       this.bytes = larger;
     }
     this.bytes.set(part, this.filled);
@@ -116,4 +117,9 @@ export function allocate(size) {
   } catch (cause) {
     throw new LoadError("unsupported", `no memory for ${size} bytes`, { cause });
   }
+}
+
+/** Give back memory that nobody looks at any more. Left to itself, the browser would tidy up when it pleases. */
+export function release({ buffer }) {
+  if (buffer.byteLength) buffer.transfer?.(0);
 }

@@ -2,7 +2,7 @@
  * Files in parts: the list of parts in an index says which files, in order, give the bytes. It is as hostile as any
  * file, and checked here, once.
  */
-import { allocate } from "./assembler.js";
+import { allocate, release } from "./assembler.js";
 import { Stored, checkIntegrity, openCache } from "./cache.js";
 import { Download } from "./download.js";
 import { LoadError, throwIfAborted, tooMuch, unlessAborted } from "./errors.js";
@@ -124,6 +124,7 @@ export class PartsDownload {
       signal?.removeEventListener("abort", abort);
       connection.abort();
       await Promise.allSettled(window.map(async (job) => (await job).stored));
+      for (const { bytes } of rooms) release(bytes);
     }
   }
 

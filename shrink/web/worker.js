@@ -1,4 +1,5 @@
 /** Decodes tensors off the page's own thread: first comes the compiled codec, then one section per message. */
+import { release } from "./assembler.js";
 import { openInline } from "./sections.js";
 
 let decoder;
@@ -12,8 +13,7 @@ addEventListener("message", async ({ data: { module, id, section, bytes } }) => 
   try {
     const values = await (await decoder).decode(section, bytes);
     postMessage({ id, values }, [values.buffer]);
-    // Left to itself, the browser would tidy up when it pleases.
-    if (bytes.byteLength) bytes.buffer.transfer?.(0);
+    release(bytes);
   } catch ({ code, message }) {
     postMessage({ id, error: { code, message } });
   }

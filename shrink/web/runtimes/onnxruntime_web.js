@@ -3,6 +3,7 @@
 // The graph is model.onnx; its weights are decoded by our loader and handed over as external data. Nothing but files
 // of the exported folder is fetched.
 
+import { release } from "../assembler.js";
 import { openChain } from "../chain.js";
 import { LoadError } from "../errors.js";
 import { fromHalves, roundedToHalf, toHalves } from "../float16.js";
@@ -44,8 +45,8 @@ export async function open(manifest, options = {}) {
     const start = performance.now();
     const session = await ort.InferenceSession.create(graph, { executionProviders: providers, externalData });
     timings["Network built in"] = (timings["Network built in"] ?? 0) + performance.now() - start;
-    // ONNX Runtime has its own copy. Left to itself, the browser would tidy up when it pleases.
-    for (const { data } of externalData) data.buffer.transfer?.(0);
+    // ONNX Runtime has its own copy.
+    for (const { data } of externalData) release(data);
     return session;
   };
   const results = manifest.outputs.map(({ name }) => name);
