@@ -11,7 +11,6 @@ import pytest
 from tests.faulty_server import whole
 from tests.web import Loader, loader_in_chromium
 
-
 SPEC = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
