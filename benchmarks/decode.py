@@ -1,17 +1,16 @@
 """Decode speed in Chromium: float32 bytes produced per second in each mode, beside gzip of the raw values.
 
-    python -m benchmarks decode [--rounds 7] [-o reports/decode.json]
+    python -m benchmarks decode [MODEL ...] [--rounds 7] [-o reports/decode.json]
 
 Everything is in memory before the clock starts, and one thread decodes, checksums included; gzip goes through the
-browser's own DecompressionStream into one array. The weights, normally distributed, have the shapes of the encoder
-of the pix2pix U-Net up to its sixth level (11 M). All files are timed in every round.
+browser's own DecompressionStream into one array. All files are timed in every round. Of the U-Net, whose weights are
+normally distributed, the first 45 MB are taken: its encoder up to the sixth level.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import shutil
 import statistics
 import tempfile
@@ -20,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from tabulate import tabulate
 
 import shrink
-from benchmarks.measure import machine
-from benchmarks.quantize import unet_shapes
+from benchmarks import subjects
+from benchmarks.tables import Table, published
 from shrink.model import Model, Source, Tensor
+from shrink.pipeline import drop_state
 from tests.browser import chromium, serve
 
 if TYPE_CHECKING:
@@ -35,46 +34,55 @@ HERE = Path(__file__).parent
 WEB = HERE.parent / "shrink" / "web"
 MODES = ("float16", "eightbit", "int8", "int4", "prune", "prune,eightbit", "prune,int8")
 GZIP = "raw float32 as gzip"
+_PACKING: dict[str, int | None] = {"packed": 3, "not packed": None}
+_LABELS = tuple(f"{mode}, {how}" for mode in MODES for how in _PACKING)
+_BYTES_AT_MOST = 45_000_000
 PAGE = '<!DOCTYPE html><title>decode</title><script type="module" src="decode.js"></script>'
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks decode", description=__doc__)
+    parser.add_argument("models", nargs="*")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("-o", "--output", type=Path, default=Path("reports/decode.json"))
     options = parser.parse_args(arguments)
+    found: dict[str, Any] = {}
+    version = None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = _model()
-        files = _files(model, folder)
         (folder / "index.html").write_text(PAGE)
         shutil.copy(HERE / "decode.js", folder)
         shutil.copytree(WEB, folder / "web")
-        try:
-            with chromium() as browser, serve(folder) as url:
-                page = browser.new_page()
-                page.goto(url)
-                page.wait_for_function("typeof time === 'function'")
-                seconds = _rounds(page, files, options.rounds)
-                version = browser.version
-        except pytest.skip.Exception as missing:
-            print(f"not measured: {missing}")
-            return 0
-        result = _result(model, files, seconds)
-    result = {"machine": machine(), "chromium": version, "rounds": options.rounds, **result}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    _print(result)
+        for subject in subjects.chosen(options.models):
+            weights = subject.weights(folder)
+            if not weights.exists():
+                found[subject.name] = {"not_measured": f"not measured: {weights.name} is not here"}
+                continue
+            model = _model(weights)
+            files = _files(model, folder)
+            try:
+                with chromium() as browser, serve(folder) as url:
+                    page = browser.new_page()
+                    page.goto(url)
+                    page.wait_for_function("typeof time === 'function'")
+                    seconds = _rounds(page, files, options.rounds)
+                    version = browser.version
+                found[subject.name] = _result(model, files, seconds)
+            except pytest.skip.Exception as missing:
+                found[subject.name] = {"not_measured": f"not measured: {missing}"}
+    result = {"chromium": version, "rounds": options.rounds, "models": found}
+    published(result, __doc__ or "", _tables(result), options.output)
     return 0
 
 
-def _model() -> Model:
-    rng = np.random.default_rng(0)
-    shapes = {name: shape for name, shape in unet_shapes().items() if name[:4] in {f"enc{i}" for i in range(6)}}
-    tensors = (
-        Tensor.of(name, rng.standard_normal(shape, np.float32) * np.float32(0.02)) for name, shape in shapes.items()
-    )
-    return Model(tuple(tensors), Source("benchmark", Path("unet"), 0))
+def _model(path: Path) -> Model:
+    """Its float tensors, at most as many of them as come to `_BYTES_AT_MOST`, in order."""
+    taken, size = [], 0
+    for tensor in drop_state(shrink.load(path)).tensors:
+        size += tensor.size_bytes
+        if tensor.dtype.kind == "f" and size <= _BYTES_AT_MOST:
+            taken.append(Tensor.of(tensor.name, np.ascontiguousarray(tensor.array, np.float32)))
+    return Model(tuple(taken), Source("benchmark", path, 0))
 
 
 def _files(model: Model, folder: Path) -> dict[str, Path]:
@@ -84,7 +92,7 @@ def _files(model: Model, folder: Path) -> dict[str, Path]:
             raw.write(tensor.array.tobytes())
     for mode in MODES:
         small = shrink.quantize(model, mode)
-        for level, how in ((3, "packed"), (None, "not packed")):
+        for how, level in _PACKING.items():
             label = f"{mode}, {how}"
             files[label] = folder / f"{len(files)}.safetensors"
             shrink.save(small, files[label], level=level)
@@ -119,18 +127,26 @@ def _result(model: Model, files: dict[str, Path], seconds: dict[str, list[float]
     return {"float32_bytes": size, "decode": rows}
 
 
-def _print(result: dict[str, Any]) -> None:
-    print(f"{result['float32_bytes']:,} bytes of float32, median of {result['rounds']} rounds, one thread, ", end="")
-    print(f"Chromium {result['chromium']}\n")
-    rows = [
-        [
-            label,
-            f"{row['file_bytes']:,}",
-            f"{row['file_bytes'] / result['float32_bytes']:.1%}",
-            f"{row['float32_bytes_per_second'] / 1e6:,.0f}",
-            f"{row['times_gzip_speed']:.2f}",
-        ]
-        for label, row in result["decode"].items()
-    ]
+def _tables(result: dict[str, Any]) -> list[Table]:
     headers = ["", "file bytes", "of float32", "float32 MB/s", "× gzip's speed"]
-    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right", "right")))
+    tables = []
+    for name, found in result["models"].items():
+        if "not_measured" in found:
+            tables.append(Table(name, headers, [[label, found["not_measured"]] for label in (GZIP, *_LABELS)]))
+            continue
+        rows = [
+            [
+                label,
+                f"{row['file_bytes']:,}",
+                f"{row['file_bytes'] / found['float32_bytes']:.1%}",
+                f"{row['float32_bytes_per_second'] / 1e6:,.0f}",
+                f"{row['times_gzip_speed']:.2f}",
+            ]
+            for label, row in found["decode"].items()
+        ]
+        note = (
+            f"{found['float32_bytes']:,} bytes of float32, median of {result['rounds']} rounds, one thread, "
+            f"Chromium {result['chromium']}."
+        )
+        tables.append(Table(name, headers, rows, [note]))
+    return tables

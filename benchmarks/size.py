@@ -1,102 +1,120 @@
-"""File size and weight error of every mode on real trained models, beside WebDNN and TensorFlow.js.
+"""File size and weight error of every mode, beside what other tools make of the same weights.
 
     python -m benchmarks size [MODEL ...] [-o reports/size.json]
 
-Without a model: those of ../shared/models. Bytes are those of the whole file that shrink writes, header and kept
-tensors included; WebDNN's are those of its weight file, TensorFlow.js's those of its weight shards (codes
-only) under gzip -9. SQNR is over all weights of two dimensions or more, against the values of the original.
+Without a model: the sample generator, the U-Net and those of ../shared/models. Bytes are those of the whole file that
+shrink writes, header and kept tensors included. WebDNN's are those of its weight file, TensorFlow.js's those of its
+weight shards (codes only), ONNX Runtime's those of the whole .onnx file, NNCodec's those of its stream. SQNR is over
+all weights of two dimensions or more, against the values of the original; it is no picture quality.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
+from numpy.typing import NDArray
 
 import shrink
-from benchmarks import peers
-from shrink.errors import MissingDependency
+from benchmarks import nncodec, subjects
+from benchmarks.subjects import Subject
+from benchmarks.tables import Table, published
+from shrink import given
+from shrink.bench.peers import peers
+from shrink.bench.plan import Variant
+from shrink.errors import ShrinkError
+from shrink.export import Network
 from shrink.formats import safetensors
+from shrink.model import Model
 from shrink.pipeline import drop_state
-from shrink.steps import EIGHTBIT_TABLE
+from shrink.progress import silent
 
-SHARED = Path(__file__).parents[1].parent / "shared" / "models"
-MODELS = (
-    SHARED / "waifu2x" / "upconv7_scale_rgb.npz",
-    SHARED / "waifu2x" / "vgg7_noise0_y.npz",
-    SHARED / "lstm-text-keras" / "lstm_text_generation.h5",
-)
 MODES = ("float16", "int8", "eightbit", "int4", "prune", "prune,int8", "prune,eightbit")
+
+Weights = Mapping[str, NDArray[np.float32]]
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks size", description=__doc__)
-    parser.add_argument("models", nargs="*", type=Path)
+    parser.add_argument("models", nargs="*")
     parser.add_argument("-o", "--output", type=Path, default=Path("reports/size.json"))
     options = parser.parse_args(arguments)
-    result = {}
-    for path in options.models or MODELS:
-        if not path.exists():
-            print(f"{path.name}: not measured, {path} is not here\n")
-            continue
-        result[path.name] = rows = measured(path)
-        table = [
-            [
-                r["mode"],
-                f"{r['bytes']:,}",
-                f"{r['share']:.1%}",
-                "exact" if r["sqnr_db"] is None else f"{r['sqnr_db']:.2f}",
-            ]
-            if "bytes" in r
-            else [r["mode"], r["not_measured"], "", ""]
-            for r in rows
-        ]
-        headers = [path.name, "bytes", "of float32", "SQNR dB"]
-        print(tabulate(table, headers, disable_numparse=True, colalign=("left", "right", "right", "right")), end="\n\n")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    found: dict[str, Any] = {}
+    for subject in subjects.chosen(options.models):
+        with tempfile.TemporaryDirectory() as name:
+            path = subject.weights(Path(name))
+            if path.exists():
+                found[subject.name] = _measured(subject, path)
+            else:
+                found[subject.name] = [{"mode": "all", "not_measured": f"not measured: {path.name} is not here"}]
+    published({"models": found}, __doc__ or "", [_table(name, rows) for name, rows in found.items()], options.output)
     return 0
 
 
-def measured(path: Path) -> list[dict[str, Any]]:
+def _table(name: str, rows: list[dict[str, Any]]) -> Table:
+    return Table(name, ["", "bytes", "gzip -9", "of float32", "SQNR dB"], [_row(row) for row in rows])
+
+
+def _row(row: Mapping[str, Any]) -> list[str]:
+    if "not_measured" in row:
+        return [row["mode"], row["not_measured"]]
+    return [
+        row["mode"],
+        f"{row['bytes']:,}",
+        "" if row["gzip"] is None else f"{row['gzip']:,}",
+        f"{row['share']:.1%}",
+        "exact" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}",
+    ]
+
+
+def _measured(subject: Subject, path: Path) -> list[dict[str, Any]]:
     model = drop_state(shrink.load(path))
-    arrays = {t.name: t.array for t in model.tensors if t.dtype.kind == "f" and t.size}
-    weights = {name: x for name, x in arrays.items() if x.ndim > 1}
+    arrays: Weights = {t.name: t.array for t in model.tensors if t.dtype.kind == "f" and t.size}
     float_bytes = sum(4 * x.size for x in arrays.values())
-    signal = sum(float(np.square(x, dtype=np.float64).sum()) for x in weights.values())
 
-    def row(mode: str, size: int, decoded: dict[str, Any]) -> dict[str, Any]:
-        noise = sum(float(np.square(x - decoded[n].astype(np.float64)).sum()) for n, x in weights.items())
-        sqnr = 10 * float(np.log10(signal / noise)) if noise else None
-        return {"mode": mode, "bytes": size, "share": size / float_bytes, "sqnr_db": sqnr}
+    def row(mode: str, size: int, sqnr_db: float | None, packed: int | None = None) -> dict[str, Any]:
+        # The smaller of the two is what goes over the wire.
+        wire = size if packed is None else min(size, packed)
+        return {"mode": mode, "bytes": size, "gzip": packed, "share": wire / float_bytes, "sqnr_db": sqnr_db}
 
-    rows = [row("float32 (this file)", path.stat().st_size, arrays)]
+    rows = [row("float32 (this file)", path.stat().st_size, None)]
     with tempfile.TemporaryDirectory() as folder:
         for mode in MODES:
             out = Path(folder) / "out.safetensors"
             shrink.save(shrink.quantize(model, mode), out)
-            rows.append(
-                row(f"shrink {mode}", out.stat().st_size, {t.name: t.array for t in safetensors.read(out).tensors})
-            )
-    try:
-        encode = peers.webdnn_encoder()[0]
-    except MissingDependency as error:
-        rows.append({"mode": "WebDNN eightbit", "not_measured": f"not measured: {error}"})
-    else:
-        encoded = {name: encode(x) for name, x in arrays.items()}
-        decoded = {
-            name: peers.webdnn_decode(data, EIGHTBIT_TABLE).reshape(arrays[name].shape)
-            for name, data in encoded.items()
-        }
-        rows.append(row("WebDNN eightbit", sum(map(len, encoded.values())), decoded))
-    quantized = {name: peers.tensorflowjs_uint8(x) for name, x in arrays.items()}
-    size = len(gzip.compress(b"".join(codes.tobytes() for codes, _, _ in quantized.values()), 9))
-    decoded = {name: codes * scale + low for name, (codes, scale, low) in quantized.items()}
-    rows.append(row("TensorFlow.js uint8, gzip", size, decoded))
+            decoded = {t.name: t.array for t in safetensors.read(out).tensors}
+            rows.append(row(f"shrink {mode}", out.stat().st_size, _sqnr_db(arrays, decoded)))
+    for peer in _peers(subject, model, path):
+        if peer["bytes"] is None:
+            rows.append({"mode": peer["name"], "not_measured": peer["note"]})
+        else:
+            rows.append(row(peer["name"], peer["bytes"], peer["sqnr_db"], peer["gzip"]))
+    for qp in nncodec.QPS:
+        name = f"NNCodec {nncodec.VERSION}, qp {qp}"
+        try:
+            made = nncodec.encoded(arrays, qp)
+        except ShrinkError as error:
+            rows.append({"mode": name, "not_measured": f"not measured: {error}"})
+        else:
+            rows.append(row(name, made.size_bytes, _sqnr_db(arrays, made.decoded)))
     return rows
+
+
+def _sqnr_db(arrays: Weights, decoded: Weights) -> float | None:
+    weights = {name: x for name, x in arrays.items() if x.ndim > 1}
+    signal = sum(float(np.square(x, dtype=np.float64).sum()) for x in weights.values())
+    noise = sum(float(np.square(x - decoded[n].astype(np.float64)).sum()) for n, x in weights.items())
+    return 10 * float(np.log10(signal / noise)) if noise else None
+
+
+def _peers(subject: Subject, model: Model, path: Path) -> list[dict[str, Any]]:
+    """What shrink bench shows beside its variants: ONNX Runtime's quantizer needs the network as well."""
+    network = Network(subject.name, model, ())
+    if subject.network is not None and subject.inputs is not None:
+        shape = ",".join(map(str, (1, *subject.inputs().shape[1:])))
+        network, _ = given.network(subject.network, path, (shape,))
+    return peers(Variant("float32", None, path, network), silent)[0]

@@ -34,9 +34,9 @@ _CONTAINER_COMMAND = """
 import sys
 from pathlib import Path
 import shrink
-from benchmarks.quantize import unet_weights
+from benchmarks import unet
 from shrink.model import Model, Source, Tensor
-tensors = tuple(Tensor.of(name, values) for name, values in unet_weights().items())
+tensors = tuple(Tensor.of(name, values) for name, values in unet.weights().items())
 shrink.save(Model(tensors, Source("chainer-npz", Path("unet"), 0)), sys.argv[1], level=None)
 """
 COPY, COPY_FSYNC = "copy", "copy, fsync"

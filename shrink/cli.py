@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import click
 
-from shrink import __version__, cli_export, cli_split, formats, inspection, pipeline
+from shrink import __version__, cli_bench, cli_export, cli_split, formats, inspection, pipeline
 from shrink import recipe as recipes
 from shrink.errors import OutputError, ShrinkError, UsageError, printable
 from shrink.files import io_errors
@@ -378,6 +378,8 @@ def compare(original: Path, other: Path, as_json: bool, output: Path | None, for
     emit(result, headers, rows, lines, as_json, output)
 
 
+command.add_command(cli_bench.bench_command)
+command.add_command(cli_bench.report_command)
 command.add_command(cli_export.export)
 command.add_command(cli_export.serve)
 command.add_command(cli_split.split_command)

@@ -44,12 +44,28 @@ LAYERS = (
 RANKS = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 PLUGIN_FOLDERS = ("formats", "quantizers", "export")
 
-HEAVY = ("chainer", "webdnn", "onnx", "onnxruntime", "h5py", "playwright", "scipy", "torch")
+HEAVY = (
+    "chainer",
+    "flask",
+    "h5py",
+    "jinja2",
+    "onnx",
+    "onnxruntime",
+    "playwright",
+    "scipy",
+    "torch",
+    "webdnn",
+)
 # Modules that may import one of them at the top: nothing loads these before a file asks for them.
 HEAVY_ALLOWED = {"h5py": "shrink/formats/_hdf5"}
 
-# Distributions that bring other names than their own; onnx is built on google.protobuf.
-IMPORT_NAMES = {"chainer": {"chainer", "onnx_chainer"}, "onnx": {"onnx", "google"}}
+# Distributions that bring other names than their own, or stand on one; onnx is built on google.protobuf.
+IMPORT_NAMES = {
+    "chainer": {"chainer", "onnx_chainer"},
+    "flask": {"flask", "werkzeug"},
+    "jinja2": {"jinja2", "markupsafe"},
+    "onnx": {"onnx", "google"},
+}
 
 LINES_AT_MOST = 500
 SOURCE_SUFFIXES = (".py", ".js", ".mjs", ".ts", ".c", ".h", ".html", ".css", ".toml")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_suite_is_listed() -> None:
-    assert {"quickstart", "quantize", "size", "train"} <= set(suites())
+    assert {"all", "decode", "latency", "quickstart", "size", "speed", "train"} <= set(suites())
     assert all(suites().values())
 
 

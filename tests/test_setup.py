@@ -369,6 +369,7 @@ def wanted() -> list[Requirement]:
             *project["build-system"]["requires"],
             *project["project"]["dependencies"],
             *project["project"]["optional-dependencies"]["onnx"],
+            *project["project"]["optional-dependencies"]["bench"],
             *lines,
         ]
         if line

@@ -1,6 +1,6 @@
 """Speed and memory of `shrink quantize` on a 54-million-weight snapshot, beside WebDNN and TensorFlow.js.
 
-    python -m benchmarks quantize [--rounds 5] [-o reports/quantize.json]
+    python -m benchmarks speed [--rounds 5] [-o reports/speed.json]
 
 The snapshot has the shapes of the pix2pix U-Net (eight levels, 54.4 M weights, the largest tensor 8.4 M) and
 normally distributed weights. Coding is timed on one core, all peers in every round; the commands as whole
@@ -10,8 +10,6 @@ processes, reading the same uncompressed npz. The physical limit of coding is a 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import sys
 import tempfile
@@ -20,10 +18,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tabulate import tabulate
 
-from benchmarks import peers
-from benchmarks.measure import Timing, interleaved, machine, process
+from benchmarks import peers, unet
+from benchmarks.measure import Timing, interleaved, process
+from benchmarks.tables import Table, published
 from shrink.errors import MissingDependency
 from shrink.quantizers import modes
 
@@ -32,8 +30,8 @@ F32 = NDArray[np.float32]
 _SNAPSHOT_COMMAND = """
 import sys
 import numpy as np
-from benchmarks.quantize import unet_weights
-np.savez(sys.argv[1], **unet_weights())
+from benchmarks import unet
+np.savez(sys.argv[1], **unet.weights())
 """
 
 _WEBDNN_COMMAND = """
@@ -47,31 +45,10 @@ with np.load(sys.argv[1]) as snapshot, open(sys.argv[2], "wb") as out:
 """
 
 
-def unet_shapes() -> dict[str, tuple[int, ...]]:
-    """pix2pix's generator for 256×256 pictures, as a Chainer snapshot names it."""
-    down = [3, 64, 128, 256, 512, 512, 512, 512, 512]
-    up = [(512, 512), (1024, 512), (1024, 512), (1024, 512), (1024, 256), (512, 128), (256, 64), (128, 3)]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i, (inputs, outputs) in enumerate(itertools.pairwise(down)):
-        shapes |= {f"enc{i}/c/W": (outputs, inputs, 4, 4), f"enc{i}/c/b": (outputs,)}
-        if 0 < i < 7:
-            shapes |= {f"enc{i}/bn/{n}": (outputs,) for n in ("gamma", "beta", "avg_mean", "avg_var")}
-    for i, (inputs, outputs) in enumerate(up):
-        shapes |= {f"dec{i}/c/W": (inputs, outputs, 4, 4), f"dec{i}/c/b": (outputs,)}
-        if i < 7:
-            shapes |= {f"dec{i}/bn/{n}": (outputs,) for n in ("gamma", "beta", "avg_mean", "avg_var")}
-    return shapes
-
-
-def unet_weights(seed: int = 0) -> dict[str, F32]:
-    rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape, np.float32) * np.float32(0.02) for name, shape in unet_shapes().items()}
-
-
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks quantize", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("-o", "--output", type=Path, default=Path("reports/quantize.json"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("reports/speed.json"))
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         snapshot = Path(folder) / "unet.npz"
@@ -79,20 +56,17 @@ def main(arguments: list[str]) -> int:
         process([sys.executable, "-c", _SNAPSHOT_COMMAND, str(snapshot)])
         snapshot_bytes = snapshot.stat().st_size
         commands = _commands(snapshot, options.rounds)
-    weights = unet_weights()
+    weights = unet.weights()
     coding = _coding([x for x in weights.values() if x.ndim > 1], options.rounds)
     count = sum(x.size for x in weights.values())
     result = {
-        "machine": machine(),
         "weights": count,
         "snapshot_bytes": snapshot_bytes,
         "rounds": options.rounds,
         "coding": coding,
         "commands": commands,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    _print(result)
+    published(result, __doc__ or "", _tables(result), options.output)
     return 0
 
 
@@ -187,11 +161,11 @@ def _commands(snapshot: Path, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _print(result: dict[str, Any]) -> None:
+def _tables(result: dict[str, Any]) -> list[Table]:
     def ratio(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}"
 
-    print(f"{result['weights']:,} weights, {result['snapshot_bytes']:,} bytes, median of {result['rounds']} rounds\n")
+    tables = []
     for cores in (key for key in result["coding"] if key != "not measured"):
         rows = [
             [
@@ -202,8 +176,9 @@ def _print(result: dict[str, Any]) -> None:
             ]
             for name, r in result["coding"][cores].items()
         ]
-        headers = [f"coding on {cores}", "M weights/s", "× a memory copy's time", "× WebDNN's speed"]
-        print(tabulate(rows, headers, disable_numparse=True), end="\n\n")
+        rows += [[name, why] for name, why in result["coding"]["not measured"].items() if cores == "one core"]
+        headers = ["", "M weights/s", "× a memory copy's time", "× WebDNN's speed"]
+        tables.append(Table(f"Coding on {cores}", headers, rows))
     rows = [
         [
             name,
@@ -216,8 +191,7 @@ def _print(result: dict[str, Any]) -> None:
         for name, r in result["commands"].items()
         if name != "not measured"
     ]
-    headers = ["whole command", "seconds", "× WebDNN's speed", "peak MB", "output bytes", "of float32"]
-    print(tabulate(rows, headers, disable_numparse=True))
-    for group in (result["coding"], result["commands"]):
-        for name, why in group["not measured"].items():
-            print(f"{name}: {why}")
+    rows += [[name, why] for name, why in result["commands"]["not measured"].items()]
+    headers = ["", "seconds", "× WebDNN's speed", "peak MB", "output bytes", "of float32"]
+    note = f"{result['weights']:,} weights, {result['snapshot_bytes']:,} bytes, median of {result['rounds']} rounds."
+    return [*tables, Table("Whole commands", headers, rows, [note])]
