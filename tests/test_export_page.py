@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from tests import browser as browsers
 from tests import faulty_server
 from tests.pages import (
+    ROOT,
     Opened,
     assert_close,
     chromium,
@@ -195,3 +197,15 @@ def test_a_server_that_misbehaves_is_said(
         site.put(answer, name=f"/{path}")
         with opened(browser, f"{site.url}/index.html") as page:
             assert_failed(page, words)
+
+
+def test_what_every_adapter_imports_is_asked_for_at_once() -> None:
+    web = ROOT / "shrink" / "web"
+    linked = re.findall(r'<link rel="modulepreload" href="(.+?)">', (web / "pages" / "index.html").read_text())
+    wanted, left = set[str](), ["site_downloads.js"]
+    while left:
+        name = left.pop()
+        if name not in wanted:
+            wanted.add(name)
+            left += re.findall(r'^import .* from "\./(.+)";$', (web / name).read_text(), re.MULTILINE)
+    assert linked == ["files.js", "show.js", *(f"shrink/{name}" for name in sorted(wanted))]
