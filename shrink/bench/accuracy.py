@@ -178,6 +178,7 @@ class Reference:
     """The original on this machine: its outputs, and those that other weights would give."""
 
     def __init__(self, first: Variant, samples: Sequence[Values], progress: Progress):
+        self.first = first
         self._weights = {entry.name: entry for entry in first.network.model.tensors}
         self._graph = first.network.model.graph
         self._samples = samples

@@ -181,6 +181,7 @@ _VARIANT = record(
         "mode": text(),
         "file": text(4096),
         "size": _SIZE,
+        "sqnr_db": number(),  # of all weights of two dimensions or more, as for the peers
         "accuracy": _per(PLACES, _ACCURACY),
         "pictures": _per(("worst", "typical"), _PICTURES),
         "layers": list_of(_LAYER, 100_000),

@@ -141,6 +141,7 @@ class _Benchmark:
             "mode": variant.mode,
             "file": str(variant.file) if variant.file.parent != self.folder else None,
             "size": None,
+            "sqnr_db": None,
             "accuracy": {},
             "pictures": None,
             "layers": None,
@@ -175,6 +176,7 @@ class _Benchmark:
                 BUDGET_BYTES // max(1, len(self.plan.files or self.plan.modes)),
             )
         if not is_first:
+            entry["sqnr_db"] = peers.sqnr_db(reference.first, variant)
             self._layers(variant, reference, entry)
         self._told()
 

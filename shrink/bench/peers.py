@@ -27,6 +27,7 @@ from shrink.steps import EIGHTBIT_TABLE
 
 __all__ = [
     "peers",
+    "sqnr_db",
     "tensorflowjs_affine",
     "tensorflowjs_float16",
     "webdnn_decode",
@@ -63,6 +64,12 @@ def peers(first: Variant, progress: Progress) -> tuple[list[dict[str, Any]], lis
         rows.append(row)
     progress("peers", len(_PEERS), len(_PEERS))
     return rows, missing
+
+
+def sqnr_db(first: Variant, other: Variant) -> float | None:
+    """SQNR of a variant's weights of two dimensions or more, as for the peers; None where nothing differs."""
+    weights = {t.name: np.asarray(t.array, np.float32) for t in first.network.model.tensors if _counts(t)}
+    return _sqnr_db(weights, {t.name: t.array for t in other.network.model.tensors if t.name in weights})
 
 
 def _counts(entry: Entry) -> bool:
