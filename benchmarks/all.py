@@ -1,4 +1,4 @@
-"""Every suite, one after the other: size, speed, decode, split, latency.
+"""Every suite, one after the other: size, speed, decode, split, pages, latency.
 
     python -m benchmarks all
 
@@ -11,7 +11,7 @@ import argparse
 import importlib
 import traceback
 
-SUITES = ("size", "speed", "decode", "split", "latency")
+SUITES = ("size", "speed", "decode", "split", "pages", "latency")
 
 
 def main(arguments: list[str]) -> int:
