@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Awaitable, Iterator
@@ -88,7 +87,7 @@ def site(folder: Path) -> Iterator[str]:
         shutil.copytree(folder, root, copy_function=_link)
         for file in PAGE.iterdir():
             shutil.copyfile(file, root / file.name)
-        server = _Prompt(root)
+        server = Server(root)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:
@@ -97,15 +96,6 @@ def site(folder: Path) -> Iterator[str]:
             server.shutdown()
             thread.join()
             server.server_close()
-
-
-class _Prompt(Server):
-    """Sends every answer at once. Else the system holds back its last bytes, on this machine alone for 40 ms a file."""
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        connection, address = super().get_request()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection, address
 
 
 def _link(source: str, target: str) -> None:

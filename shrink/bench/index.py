@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,12 +19,14 @@ NAME = "index.html"
 
 # Small enough that a folder of many stays a small page.
 _PICTURE_AT_MOST = 60_000
+# Its title stands before that.
+_HEAD_BYTES = 1 << 12
 
 
 def index(folder: Path) -> None:
     """Write `index.html` in `folder`: every other .html file there, with the answer of the document it was made of.
 
-    Same reports, same page. A report without a valid document beside it is listed by its name alone.
+    Same reports, same page. A page without a valid document beside it comes last, with its title.
 
     Raises:
         OutputError: the folder cannot be read, or the page not written.
@@ -30,7 +34,8 @@ def index(folder: Path) -> None:
     """
     with io_errors(folder):
         files = sorted(file for file in folder.iterdir() if file.suffix == ".html" and file.name != NAME)
-    page = template("index.html", "report.css", [], {"reports": [_report(file) for file in files]})
+    reports = sorted(map(_report, files), key=lambda report: report["json"] is None)
+    page = template("index.html", "report.css", [], {"reports": reports})
     with atomic_file(folder / NAME) as out:
         out.write(page.encode())
 
@@ -42,11 +47,19 @@ def _report(file: Path) -> dict[str, Any]:
     try:
         document = read(data)
     except ShrinkError:
-        return {**plain, "about": "A page without a document of a benchmark beside it.", "answer": "", "numbers": ""}
+        return {**plain, "about": _titled(file), "answer": "", "numbers": ""}
     found = [variant["pictures"] for variant in document["variants"] if variant["pictures"]]
     pictures = [one["original"] for pair in found for one in (pair.get("typical"), pair.get("worst")) if one]
     small = next((picture for picture in pictures if len(picture) <= _PICTURE_AT_MOST), None)
     return {**plain, **summary(document), "json": _href(data), "picture": small}
+
+
+def _titled(file: Path) -> str:
+    """What a page that is no report says it is."""
+    with io_errors(file), open(file, "rb") as page:
+        head = page.read(_HEAD_BYTES).decode(errors="replace")
+    found = re.search(r"<title>([^<]+)</title>", head)
+    return printable(html.unescape(found[1]), at_most=400) if found else "A page without a document beside it."
 
 
 def _href(file: Path) -> str:

@@ -133,7 +133,9 @@ def peers(document: Document) -> Table | None:
     for number, variant in enumerate(document["variants"]):
         mine = variant["size"] or {}
         note = "shrink" if number else "the original"
-        rows.append(_encoder(variant["name"], mine.get("wire_raw"), mine.get("wire_gzip"), variant["sqnr_db"], note, base))
+        rows.append(
+            _encoder(variant["name"], mine.get("wire_raw"), mine.get("wire_gzip"), variant["sqnr_db"], note, base)
+        )
     for peer in document["peers"]:
         note = printable(peer["note"] or "", at_most=400)
         if peer["bytes"] is None and peer["sqnr_db"] is None:
