@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from shrink.bench.measuring import measure
+from typing import Any
+
 from shrink.bench.plan import (
     BACKENDS,
     MODES,
@@ -21,6 +22,7 @@ from shrink.bench.plan import (
     Values,
     Variant,
 )
+from shrink.progress import Progress, silent
 
 __all__ = [
     "BACKENDS",
@@ -37,3 +39,11 @@ __all__ = [
     "Variant",
     "measure",
 ]
+
+
+def measure(plan: Plan, on_document: OnDocument = lambda document: None, progress: Progress = silent) -> dict[str, Any]:
+    """The document of a plan: see `shrink.bench.measuring.measure`."""
+    # What that needs takes longer to load than most commands take to run.
+    from shrink.bench import measuring
+
+    return measuring.measure(plan, on_document, progress)
