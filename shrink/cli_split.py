@@ -66,7 +66,7 @@ def split_command(
     if inputs and not cut:
         raise UsageError("--input is for --cut")
     source = model if model is not None else split.the_model_in(Path())
-    plan = _plan(source, limit, output, cut, inputs, force)
+    plan = _plan(source, limit, output, cut, inputs, force, dry_run)
     if host is not None:
         is_page = source.is_dir() and any(source.glob("*.html"))
         for warning in hosts.warnings(host, _sizes(plan, source), is_page=is_page):
@@ -77,7 +77,16 @@ def split_command(
     _report_split(plan, limit_in_words, cut, dry_run, as_json)
 
 
-def _plan(source: Path, limit: int, output: Path | None, cut: bool, inputs: tuple[str, ...], force: bool) -> split.Plan:
+def _plan(
+    source: Path,
+    limit: int,
+    output: Path | None,
+    cut: bool,
+    inputs: tuple[str, ...],
+    force: bool,
+    dry_run: bool,
+) -> split.Plan:
+    split.refuse_index(source)
     if cut and is_manifest(source):
         raise UsageError("a page is cut when it is exported", file=source, hint="shrink export … --cut --max-mb N")
     if cut and (source.is_dir() or formats.sniff(source).NAME != "onnx"):
@@ -87,16 +96,17 @@ def _plan(source: Path, limit: int, output: Path | None, cut: bool, inputs: tupl
         note = f"{printable(source.name)} fits already: {size:,} bytes."
         return split.Plan(source, output or source.parent, limit, (), (note,), lambda progress: None)
     if not cut:
-        return split.plan(source, limit=limit, output=output, force=force)
+        return split.plan(source, limit=limit, output=output, force=force, dry_run=dry_run)
     from shrink.split import cut as cutting
 
     shapes = site.input_shapes(formats.sniff(source).read(source), inputs) if inputs else None
-    return cutting.plan(source, limit, output or source.parent, force=force, input_shapes=shapes)
+    folder = output or source.parent
+    return cutting.plan(source, limit, folder, force=force, dry_run=dry_run, input_shapes=shapes)
 
 
 def _size_of_all(source: Path, limit: int) -> int | None:
-    """The bytes of a model in one file, with what an ONNX file keeps elsewhere; None for a folder and an index."""
-    if source.is_dir() or source.name.endswith(".index.json"):
+    """The bytes of a model in one file, with what an ONNX file keeps elsewhere; None for a folder."""
+    if source.is_dir():
         return None
     kind, size = formats.sniff(source), file_size(source)
     return kind.read(source).source.size_bytes if kind.NAME == "onnx" and size <= limit else size
@@ -145,7 +155,9 @@ def _what_next(plan: split.Plan, cut: bool, dry_run: bool) -> list[str]:
     if cut:
         return [f"Upload all of them: {printable(index.name)} says how the stages follow each other."]
     loads = f": a page loads {printable(index.name)}" if index.name.endswith(".safetensors.index.json") else ""
-    joins = printable(shlex.quote(str(index)), at_most=1000)
+    # A name that begins with a dash would be taken for an option.
+    path = f"./{index}" if str(index).startswith("-") else str(index)
+    joins = printable(shlex.quote(path), at_most=1000)
     return [f"Upload all of them{loads}.", f"To have it back: shrink join {joins}"]
 
 

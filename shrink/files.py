@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
+import stat
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from shrink.errors import BadInput, OutputError
 
-__all__ = ["atomic_file", "atomic_folder", "file_size", "inside", "io_errors", "read_all", "section"]
+__all__ = [
+    "Scratch",
+    "atomic_file",
+    "atomic_folder",
+    "file_size",
+    "holds",
+    "inside",
+    "io_errors",
+    "is_folder",
+    "is_taken",
+    "put",
+    "read_all",
+    "section",
+]
+
+# Of Linux: relative to the working folder, and both names keep standing for something.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -40,9 +60,19 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def put(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with atomic_file(path) as out:
+        out.write(data)
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears at `path` when the block ends well. An old one there is replaced at the end."""
+    """A folder to fill that appears at `path` when the block ends well. An old one there is replaced at the end.
+
+    On Linux the two are exchanged in one step, where the file system can. Elsewhere the old one is renamed first: who
+    is killed right then finds it as `.shrink-….old` beside its place.
+    """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError("is not a folder", file=path)
     path = path.resolve()  # `.` and `..` have no name
@@ -56,7 +86,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
-            if path.exists():
+            if path.exists() and _exchanged(temporary, path):
+                shutil.rmtree(temporary, ignore_errors=True)
+            elif path.exists():
                 os.rename(path, old)
                 try:
                     os.rename(temporary, path)
@@ -71,14 +103,71 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def _exchanged(a: Path, b: Path) -> bool:
+    """Let two names of one file system stand for each other's content, in one step. False where that cannot be."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # no Linux, or an old one; TypeError is Windows
+        return False
+    done: int = rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    return done == 0
+
+
+class Scratch:
+    """A name for a file or folder to work with, which goes when nobody holds this any more.
+
+    It lies beside what will be written, so that it can be moved there; in the system's own temporary folder where
+    nothing is to be written, or can be.
+    """
+
+    def __init__(self, folder: Path, *, dry_run: bool = False):
+        folder = folder.absolute()
+        there = next(f for f in (folder, *folder.parents) if f.is_dir())
+        if dry_run or not os.access(there, os.W_OK):
+            there = Path(tempfile.gettempdir())
+        self.path = there / f".shrink-{secrets.token_hex(6)}.tmp"
+        weakref.finalize(self, _remove, self.path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether there is anything of this name. Raises OutputError where nothing can be."""
+    with io_errors(path):
+        return path.is_symlink() or path.exists()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder. Raises OutputError for a name that nothing can have."""
+    with io_errors(path):
+        return path.is_dir()
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether the file is there and its content is this."""
+    with contextlib.suppress(OSError):
+        return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+    return False
+
+
 def file_size(path: Path) -> int:
     with io_errors(path):
         return path.stat().st_size
 
 
 def read_all(path: Path, *, at_most: int) -> bytes:
-    """The whole file. Raises BadInput when it is larger than `at_most` bytes."""
-    if file_size(path) > at_most:
+    """The whole file. Raises BadInput when it is larger than `at_most` bytes, or a pipe or a device."""
+    with io_errors(path):
+        found = path.stat()
+    # Opening a pipe could wait for ever. The system itself says best that a folder is none.
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise BadInput("it is a pipe or a device, not a file", file=path)
+    if found.st_size > at_most:
         raise BadInput(f"the file is larger than {at_most} bytes", file=path)
     with io_errors(path):
         return path.read_bytes()

@@ -18,16 +18,26 @@ from typing import Any
 
 from shrink import parts
 from shrink.errors import BadInput, OutputError
-from shrink.files import inside, read_all
-from shrink.parts import Part, is_length, parse_parts
+from shrink.files import inside, io_errors, read_all
+from shrink.parts import Part, is_integrity, is_length, parse_parts
 
-__all__ = ["MANIFEST", "VERSION", "Listed", "as_bytes", "is_manifest", "listed", "part_stem", "read", "strangers"]
+__all__ = [
+    "MANIFEST",
+    "VERSION",
+    "Listed",
+    "as_bytes",
+    "is_manifest",
+    "is_ours",
+    "listed",
+    "part_stem",
+    "read",
+    "strangers",
+]
 
 MANIFEST = "manifest.json"
 VERSION = 1
 
 _AT_MOST = 1 << 24
-_INTEGRITY = re.compile(r"sha256-[A-Za-z0-9+/]{43}=")
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ def _listed(name: str, about: object, path: Path) -> Listed:
     size, integrity = (about.get("bytes"), about.get("integrity")) if isinstance(about, dict) else (None, None)
     if not isinstance(about, dict) or not is_length(size) or not isinstance(integrity, str):
         raise BadInput(f"what it says of {name!r} is not a length and a hash", file=path)
-    if not _INTEGRITY.fullmatch(integrity):
+    if not is_integrity(integrity):
         raise BadInput(f"the hash of {name!r} is no SHA-256", file=path)
     parts = parse_parts(about["parts"], size, file=path) if "parts" in about else ()
     return Listed(size, integrity, parts)
@@ -111,3 +121,13 @@ def _belongs(path: PurePosixPath, files: Mapping[str, Listed]) -> bool:
         return True
     whole = re.fullmatch(r"(.+)-[0-9a-f]{8}-\d{5,}-of-\d{5,}\.bin", path.name)
     return whole is not None and path.with_name(whole.group(1)).as_posix() in files
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` is empty or holds an exported page and nothing else, so that replacing it loses nothing."""
+    with io_errors(folder):
+        present = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir()}
+    try:
+        return not present or not strangers(folder, read(folder)[1], present)
+    except (BadInput, OutputError):
+        return False

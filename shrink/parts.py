@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
-from shrink.errors import BadInput, IntegrityError, UsageError, printable
+from shrink.errors import BadInput, IntegrityError, ShrinkError, UsageError, printable
 from shrink.files import atomic_file, inside, io_errors, read_all
 from shrink.progress import Progress, silent
 
@@ -39,13 +39,17 @@ __all__ = [
     "Part",
     "PartsIndex",
     "as_bytes",
+    "check_version",
     "describe",
     "even",
     "fit_index",
     "integrity",
+    "is_integrity",
     "is_length",
     "is_plain",
+    "is_there",
     "join",
+    "mark",
     "numbered",
     "parse_parts",
     "read_index",
@@ -59,6 +63,8 @@ VERSION = 1
 NO_INTEGRITY = "sha256-" + "A" * 43 + "="
 
 _INTEGRITY = re.compile(r"sha256-[A-Za-z0-9+/]{43}=")
+# Separators, controls, and halves of characters, which no file system takes.
+_NO_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # Small enough to stay in the processor's cache from reading to hashing to writing.
 _BLOCK = 1 << 18
 # Blocks that may wait for the hashing thread.
@@ -121,14 +127,24 @@ def numbered(stem: str, count: int, suffix: str) -> list[str]:
     return [f"{stem}-{i:05}-of-{count:05}{suffix}" for i in range(1, count + 1)]
 
 
+def mark(*content: bytes) -> str:
+    """What tells the names of these parts from those of others: `-3f9a2c1b`."""
+    return "-" + hashlib.sha256(b"".join(content)).hexdigest()[:8]
+
+
 def is_plain(name: object) -> TypeGuard[str]:
     """Whether this is the name of a file in the same folder, and of nothing else."""
-    return isinstance(name, str) and 0 < len(name) <= 1024 and name not in (".", "..") and not set(name) & set("/\\\0")
+    return isinstance(name, str) and 0 < len(name) <= 255 and name not in (".", "..") and not _NO_NAME.search(name)
 
 
 def is_length(value: object, at_most: int = _NUMBER_AT_MOST) -> TypeGuard[int]:
     """Whether this is a whole number that can be a length."""
     return type(value) is int and 0 <= value <= at_most
+
+
+def is_integrity(value: object) -> TypeGuard[str]:
+    """Whether this is a SHA-256 in the spelling of Subresource Integrity."""
+    return isinstance(value, str) and _INTEGRITY.fullmatch(value) is not None
 
 
 def parse_parts(value: object, total_bytes: object, *, file: Path) -> tuple[Part, ...]:
@@ -154,7 +170,7 @@ def parse_parts(value: object, total_bytes: object, *, file: Path) -> tuple[Part
             raise BadInput(f"it refers to {printable(name)}, outside its own folder", file=file, hint="refused")
         if not is_length(size) or not is_length(skip) or skip > size:
             raise wrong(f"{printable(name)} has no believable number of bytes")
-        if not isinstance(sri, str) or not _INTEGRITY.fullmatch(sri):
+        if not is_integrity(sri):
             raise wrong(f"{printable(name)} has no SHA-256")
         found.append(Part(name, size, sri, skip))
     names = {part.file for part in found}
@@ -188,7 +204,7 @@ def read_json(path: Path) -> tuple[dict[str, Any], tuple[Part, ...]]:
         ours = content.get("shrink")
         if not isinstance(ours, dict) or "index" not in ours:
             return content, tuple(lay_in)
-        _check_version(ours, path)
+        check_version(ours, path)
         inner = ours["index"]
         if not isinstance(inner, dict) or not is_length(inner.get("bytes"), _INDEX_AT_MOST):
             raise BadInput("not a valid index: its own parts are not said", file=path)
@@ -209,7 +225,7 @@ def read_index(path: Path) -> PartsIndex:
     ours = content.get("shrink")
     if not isinstance(ours, dict):
         raise BadInput("it does not list the parts of a file", file=path, hint="shrink did not write it")
-    _check_version(ours, path)
+    check_version(ours, path)
     name = ours.get("file")
     if not is_plain(name):
         raise BadInput("not a valid index: it does not name the file that was split", file=path)
@@ -217,7 +233,8 @@ def read_index(path: Path) -> PartsIndex:
     return PartsIndex(path, name, ours["bytes"], parts, index_parts, content)
 
 
-def _check_version(ours: dict[str, Any], path: Path) -> None:
+def check_version(ours: dict[str, Any], path: Path) -> None:
+    """Raises BadInput where what an index says under `shrink` is of another version."""
     if ours.get("version") != VERSION or type(ours["version"]) is not int:
         raise BadInput(
             f"version {printable(ours.get('version'))} of the index is not known",
@@ -233,6 +250,15 @@ def verify(folder: Path, parts: Sequence[Part], *, file: Path, progress: Progres
         IntegrityError: a part is missing, shorter, longer, or has other content.
     """
     _each(folder, parts, lambda block: None, file=file, progress=progress)
+
+
+def is_there(folder: Path, part: Part) -> bool:
+    """Whether the part is there, with the very content that it was written with."""
+    try:
+        verify(folder, [part], file=folder)
+    except ShrinkError:
+        return False
+    return True
 
 
 def join(folder: Path, parts: Sequence[Part], out: IO[bytes], *, file: Path, progress: Progress = silent) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shrink.errors import BadInput, OutputError, UsageError, printable
+from shrink.errors import BadInput, UsageError, printable
 from shrink.export import Exported
-from shrink.files import atomic_file, io_errors
-from shrink.manifest import MANIFEST, VERSION, as_bytes, listed, read, strangers
+from shrink.files import atomic_file
+from shrink.manifest import MANIFEST, VERSION, as_bytes, is_ours, listed
 from shrink.model import Model
 
 if TYPE_CHECKING:
@@ -55,16 +55,6 @@ def _place(file: Path, adapter: str) -> Path | None:
     if file.parts[0] == "runtimes" and file.name != adapter:
         return None
     return Path("shrink", file)
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether `folder` is empty or holds an exported page and nothing else, so that replacing it loses nothing."""
-    with io_errors(folder):
-        present = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir()}
-    try:
-        return not present or not strangers(folder, read(folder)[1], present)
-    except (BadInput, OutputError):
-        return False
 
 
 def input_shapes(model: Model, given: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

@@ -8,6 +8,7 @@ import pty
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,9 @@ def test_a_file_within_the_limit_is_left_alone(gen: Path, tmp_path: Path) -> Non
     assert "fits already" in result["notes"][0]
 
 
-@pytest.mark.parametrize("name", ["生成器.safetensors", "ge n'\"(1).safetensors", "ğ.eightbit.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["生成器.safetensors", "生成\u3000器.safetensors", "ge n'\"(1).safetensors", "ğ.eightbit.safetensors"]
+)
 def test_names_are_of_any_letters(tmp_path: Path, name: str) -> None:
     save_file(TENSORS, tmp_path / name)
     outcome = run("split", tmp_path / name, "--max-mb", "0.1")
@@ -218,6 +221,88 @@ def test_a_name_that_would_garble_a_terminal_is_refused_and_escaped(tmp_path: Pa
     fails(outcome, 2, "rename it")
     assert "\u202e" not in outcome.stderr
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_like_an_option_is_typed_with_its_folder(gen: Path, tmp_path: Path) -> None:
+    gen.rename(tmp_path / "-o.safetensors")
+    outcome = child("split", "./-o.safetensors", "--max-mb", "0.1", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    (said,) = [line for line in outcome.stdout.splitlines() if "shrink join" in line]
+    original = (tmp_path / "-o.safetensors").read_bytes()
+    (tmp_path / "-o.safetensors").unlink()
+    joined = child(*shlex.split(said.partition("shrink ")[2]), cwd=tmp_path)
+    assert joined.returncode == 0, joined.stderr
+    assert (tmp_path / "-o.safetensors").read_bytes() == original
+
+
+def test_names_that_are_too_long_are_one_clear_line(gen: Path, tmp_path: Path) -> None:
+    longest = gen.rename(tmp_path / f"{'x' * 243}.safetensors")
+    before = contents(tmp_path)
+    fails(run("split", longest, "--max-mb", "0.1"), 5, f"error: {tmp_path}/xxx", ": File name too long\n")
+    fails(run("split", longest, "--max-mb", "0.1", "--dry-run"), 5, f"error: {tmp_path}/xxx", ": File name too long\n")
+    fails(
+        run("split", tmp_path / ("x" * 300), "--max-mb", "0.1"), 5, f"error: {tmp_path}/xxx", ": File name too long\n"
+    )
+    fails(run("join", tmp_path / ("x" * 300)), 5, f"error: {tmp_path}/xxx", ": File name too long\n")
+    fails(
+        run("split", longest, "--max-mb", "0.1", "-o", tmp_path / ("y" * 300)),
+        5,
+        f"error: {tmp_path}/yyy",
+        ": File name too long\n",
+    )
+    assert contents(tmp_path) == before
+    network = _network(tmp_path).rename(tmp_path / f"{'z' * 250}.onnx")
+    fails(run("split", network, "--max-mb", "1.8", "--cut"), 5, f"error: {tmp_path}/zzz", ": File name too long\n")
+    fails(run("split", network, "--max-mb", "1.8"), 5, f"error: {tmp_path}/zzz", ": File name too long\n")
+    index = tmp_path / "gen.index.json"
+    part = {"file": "p", "bytes": 1, "integrity": "sha256-" + "A" * 43 + "="}
+    # As long as a name may be in letters, but not in bytes.
+    index.write_text(json.dumps({"shrink": {"version": 1, "file": "名" * 200, "bytes": 1, "parts": [part]}}))
+    fails(run("join", index), 5, f"error: {tmp_path}/名名名", ": File name too long\n")
+
+
+def test_what_is_no_file_is_not_joined(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.index.json")
+    for path in (tmp_path / "pipe.index.json", Path(os.devnull)):
+        # Whoever opens a pipe waits until somebody writes.
+        outcome = child("join", path, timeout=30)
+        fails(Outcome(outcome.returncode, outcome.stdout, outcome.stderr), 3, path.name, "not a file")
+
+
+def test_an_index_whose_names_would_garble_a_terminal_is_refused(gen: Path, tmp_path: Path) -> None:
+    assert run("split", gen, "--max-mb", "0.1").code == 0
+    index = tmp_path / "gen.safetensors.index.json"
+    said = json.loads(index.read_text())
+    for name in ("\x1b[2Jgen", "gen\nnew", "\udc80"):
+        said["shrink"]["file"] = name
+        index.write_text(json.dumps(said))
+        before = contents(tmp_path)
+        fails(run("join", index), 3, "gen.safetensors.index.json")
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["npz", "onnx", "cut"])
+def test_a_dry_run_does_not_touch_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    import onnx
+
+    system, folder = tmp_path / "system", tmp_path / "folder"
+    system.mkdir()
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(system))
+    if kind == "npz":
+        np.savez(folder / "model.npz", **TENSORS)  # type: ignore[arg-type]
+    else:
+        onnx.save(
+            onnx.load(_network(folder)), folder / "model.onnx", save_as_external_data=kind == "onnx", location="w"
+        )
+    source = next(f for f in folder.iterdir() if f.stem == "model")
+    # Whatever is made in a folder, and be it gone again, is seen by the time of its last change.
+    os.utime(folder, ns=(0, 0))
+    limit = ["--max-mb", "0.1"] if kind == "npz" else ["--max-mb", "1.8"]
+    outcome = run("split", source, *limit, "--dry-run", *(["--cut"] if kind == "cut" else []))
+    assert outcome.code == 0, outcome.stderr
+    assert folder.stat().st_mtime_ns == 0
+    assert list(system.iterdir()) == []
 
 
 def test_npz_goes_by_way_of_the_container_and_says_so(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -651,6 +653,31 @@ def test_again_and_over_others(tmp_path: Path) -> None:
     assert files_in(tmp_path).keys() == {"model.onnx", "model.stages.json", *listed}
 
 
+def test_in_the_folder_of_a_page_the_names_of_stages_hold_a_hash(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<p>")
+    found: list[set[str]] = []
+    for layers in (3, 4):
+        made = written(chain(layers), tmp_path, 20_000, force=True)
+        listed = {stage["file"] for stage in index_of(tmp_path)["stages"]}
+        assert files_in(tmp_path).keys() == {"index.html", "model.onnx", "model.stages.json", *listed}
+        assert {f.name for f in made.files} == {"model.stages.json", *listed}
+        assert all(re.fullmatch(r"model-[0-9a-f]{8}-stage-\d-of-\d\.onnx", name) for name in listed)
+        assert "exactly so already" in " ".join(written(chain(layers), tmp_path, 20_000).notes)
+        found.append(listed)
+    assert not found[0] & found[1]
+
+
+def test_stages_made_on_another_file_system_are_put_in_place(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    with tempfile.TemporaryDirectory(dir=elsewhere) as system, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", system)
+        written(chain(3), tmp_path / "a", 20_000, dry_run=True)
+    written(chain(3), tmp_path / "b", 20_000)
+    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
+
+
 def test_killed_at_any_write_there_is_the_old_set_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass
@@ -822,7 +849,8 @@ def test_the_browser_computes_the_bits_of_the_whole(browser: Browser, site: Path
         (lambda folder: (folder / index_of(folder)["stages"][1]["file"]).unlink(), "http"),
         (lambda folder: shortened(folder / index_of(folder)["stages"][1]["file"]), "truncated"),
         (lambda folder: flipped(folder / index_of(folder)["stages"][-1]["file"]), "corrupt"),
-        (lambda folder: climbing(folder), "corrupt"),
+        (lambda folder: renamed(folder, "../model.onnx"), "corrupt"),
+        (lambda folder: renamed(folder, "\x1b[2J.onnx"), "corrupt"),
         (lambda folder: (folder / "model.stages.json").write_text("<!doctype html>"), "corrupt"),
         (lambda folder: (folder / "model.stages.json").write_text('{"version": 2}'), "unsupported"),
     ],
@@ -847,6 +875,30 @@ def test_the_browser_says_what_is_wrong(
     assert found["live"]["now"] == 0
 
 
+@needs_package
+def test_the_browser_reads_an_index_in_parts(browser: Browser, site: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for file in site.iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    text = parts.as_bytes(index_of(site))
+    top, index_parts = parts.fit_index(text, "model.stages", 700)
+    for name, data in (("model.stages.json", top), *index_parts):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(data)
+    assert len(index_parts) > 2
+    with browsers.serve(folder) as url:
+        page = browser.new_page()
+        opened(page, url)
+        found = page.evaluate("feeds => stages(feeds, false)", feeds_for_page())
+        whole = page.evaluate("feeds => whole(feeds)", feeds_for_page())
+        (folder / index_parts[0][0]).write_bytes(bytes(len(index_parts[0][1])))
+        harmed = page.evaluate("feeds => stages(feeds, false)", feeds_for_page())
+        page.close()
+    assert found["results"] == whole
+    assert harmed["code"] == "corrupt"
+
+
 def shortened(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -857,7 +909,7 @@ def flipped(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def climbing(folder: Path) -> None:
+def renamed(folder: Path, name: str) -> None:
     index = index_of(folder)
-    index["stages"][0]["file"] = "../model.onnx"
+    index["stages"][0]["file"] = name
     (folder / "model.stages.json").write_text(json.dumps(index))

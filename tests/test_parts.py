@@ -307,6 +307,36 @@ def test_an_index_beyond_belief_is_refused_when_written() -> None:
         parts.fit_index(bytes((1 << 27) + 1), "gen", 10_000)
 
 
+@pytest.mark.parametrize("name", ["a", "生成\u3000器.bin", "a b", "..a", "\u202egen", "é" * 127, "x" * 255, "-n", "😀"])
+def test_what_is_a_name(name: str) -> None:
+    assert parts.is_plain(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "a/b",
+        "a\\b",
+        "a\0",
+        "a\nb",
+        "\x1b[2J",
+        "\x7f",
+        "a\x85b",
+        "\u2028",
+        "\u2029",
+        "\udc80",
+        "x" * 256,
+        1,
+        None,
+    ],
+)
+def test_what_is_no_name(name: object) -> None:
+    assert not parts.is_plain(name)
+
+
 @given(st.integers(0, 10**12), st.integers(10_000, 10**9))
 def test_even_lengths_are_few_and_equal(size: int, limit: int) -> None:
     if size // limit > 10_000:

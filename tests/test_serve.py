@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import signal
@@ -224,3 +225,24 @@ def test_the_command_prints_the_address_and_ends_with_ctrl_c(folder: Path) -> No
     assert "\x1b" not in stderr
     assert "Traceback" not in stderr
     assert "error" not in stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux")
+def test_an_answer_is_not_held_back(server: Server) -> None:
+    """Else the last bytes of each wait until the browser has confirmed those before, 40 ms a file."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection.request("GET", "/a.js")
+    connection.getresponse().read()
+    ours = connection.sock.getsockname()
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            end = socket.socket(fileno=os.dup(int(entry)))
+        except OSError:
+            continue
+        with end, contextlib.suppress(OSError):
+            if end.family == socket.AF_INET and end.getpeername() == ours:
+                found.append(end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+    connection.close()
+    assert len(found) == 1
+    assert found[0] != 0

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -366,6 +367,25 @@ def test_a_new_set_never_takes_the_names_of_the_old(tmp_path: Path) -> None:
     assert back.read_bytes() == other.read_bytes()
 
 
+def test_in_the_folder_of_a_page_the_names_hold_a_hash(tmp_path: Path) -> None:
+    """What a browser or a server between has kept of the old shards is never taken for the new."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    (folder / "index.html").write_text("<p>")
+    found: list[set[str]] = []
+    for seed in (1, 2):
+        source = container(folder / "gen.safetensors", seed=seed)
+        planned = made(source, 10_000, folder, force=True)
+        there = set(sizes(folder)) - {"index.html", "gen.safetensors", "gen.safetensors.index.json"}
+        assert {f.name for f in planned.files} == there | {"gen.safetensors.index.json"}
+        assert all(re.fullmatch(r"gen-[0-9a-f]{8}-.*\d{5}-of-\d{5}\.\w+", name) for name in there)
+        (back,) = join(folder / "gen.safetensors.index.json", tmp_path / "back", force=True)
+        assert back.read_bytes() == source.read_bytes()
+        assert "exactly so already" in made(source, 10_000, folder).notes[0]
+        found.append(there)
+    assert not found[0] & found[1]
+
+
 def test_what_lies_there_without_an_index_is_kept(tmp_path: Path) -> None:
     source, out = container(tmp_path / "gen.safetensors"), tmp_path / "out"
     planned = plan(source, limit=10_000, output=out)
@@ -506,6 +526,19 @@ def test_an_index_is_not_split_again(tmp_path: Path) -> None:
     made(container(tmp_path / "gen.safetensors"), 10_000, tmp_path)
     with pytest.raises(UsageError, match="join it first"):
         plan(tmp_path / "gen.safetensors.index.json", limit=10_000)
+
+
+def test_indexes_of_any_kind_are_not_split(tmp_path: Path) -> None:
+    for name, words in (("model.onnx.index.json", "join it first"), ("model.stages.json", "name the ONNX file")):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UsageError, match=words):
+            plan(tmp_path / name, limit=10_000)
+
+
+def test_stages_are_not_joined(tmp_path: Path) -> None:
+    (tmp_path / "model.stages.json").write_text("{}")
+    with pytest.raises(UsageError, match="stages"):
+        join(tmp_path / "model.stages.json")
 
 
 @pytest.mark.parametrize("name", ["a\\b.safetensors", "a\nb.safetensors", "a\udc80.safetensors"])

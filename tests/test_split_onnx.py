@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -626,6 +627,27 @@ def test_another_split_needs_force_and_removes_the_old(tmp_path: Path) -> None:
     assert joined(source, tmp_path, tmp_path / "joined.onnx") == source.read_bytes() != before["model.onnx"]
 
 
+def test_in_the_folder_of_a_page_the_names_of_parts_hold_a_hash(tmp_path: Path) -> None:
+    old, new = save(image(), tmp_path / "old.onnx"), save(dense(), tmp_path / "new.onnx")
+    folder = tmp_path / "web"
+    folder.mkdir()
+    (folder / "index.html").write_text("<p>")
+    found: list[set[str]] = []
+    for proto, model in ((image(), old), (dense(), new)):
+        source = folder / "model.onnx"
+        source.write_bytes(model.read_bytes())
+        made = split(source, LIMIT, folder, force=True)
+        there = set(content(folder)) - {"index.html", "model.onnx", "model.split.onnx", "model.onnx.index.json"}
+        assert {f.name for f in made.files} == there | {"model.split.onnx", "model.onnx.index.json"}
+        assert all(re.match(r"model\.(split|rest|onnx)-[0-9a-f]{8}-", name) for name in there)
+        assert len({name.split("-")[1] for name in there}) == 1
+        assert_same_bits(run(folder / "model.split.onnx", feeds(proto)), run(source, feeds(proto)))
+        assert joined(source, folder, tmp_path / "joined.onnx") == model.read_bytes()
+        assert "exactly so already" in split(source, LIMIT, folder).notes[0]
+        found.append(there)
+    assert not found[0] & found[1]
+
+
 def test_the_graph_of_a_split_is_not_split(tmp_path: Path) -> None:
     source = save(image(), tmp_path / "model.onnx")
     split(source, LIMIT, tmp_path)
@@ -750,6 +772,20 @@ def test_a_malformed_index_is_refused(tmp_path: Path, what: str) -> None:
     index = tmp_path / "model.onnx.index.json"
     index.write_text(json.dumps({"shrink": MALFORMED[what](json.loads(index.read_text())["shrink"])}))
     with pytest.raises(BadInput):
+        onnx_data.join(index, tmp_path / "joined.onnx")
+    assert not (tmp_path / "joined.onnx").exists()
+
+
+def test_an_index_cannot_make_much_of_little(tmp_path: Path) -> None:
+    """Each part as it was listed, but its bytes used again and again: a disk could be filled with that."""
+    source = save(image(), tmp_path / "model.onnx")
+    split(source, LIMIT, tmp_path)
+    index = tmp_path / "model.onnx.index.json"
+    said = json.loads(index.read_text())
+    ours = said["shrink"]
+    said["shrink"] = {**ours, "layout": ours["layout"] * 50, "bytes": ours["bytes"] * 50}
+    index.write_text(json.dumps(said))
+    with pytest.raises(BadInput, match="longer than its parts"):
         onnx_data.join(index, tmp_path / "joined.onnx")
     assert not (tmp_path / "joined.onnx").exists()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,49 @@ def test_a_page_is_not_copied_over_something_else(folder: Path, tmp_path: Path) 
         splitting.plan(folder, LIMIT, tmp_path / "there")
 
 
+def test_not_even_force_replaces_what_is_no_page(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("precious")
+    split(folder, to=tmp_path / "copy")
+    (tmp_path / "copy" / "notes.txt").write_text("precious")
+    for there in ("home", "copy"):
+        before = content(tmp_path / there)
+        with pytest.raises(UsageError, match="did not export"):
+            splitting.plan(folder, LIMIT, tmp_path / there, force=True)
+        assert content(tmp_path / there) == before
+
+
+def test_force_replaces_a_copy(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    split(folder, 125_001, to=copy)
+    splitting.plan(folder, 30_000, copy, force=True).write(silent)
+    split(folder, 30_000)
+    assert content(copy) == content(folder)
+
+
+@pytest.mark.parametrize("place", ["サイト/copy", "サイト/shrink", "."])
+def test_a_copy_does_not_lie_in_the_page_nor_the_page_in_the_copy(folder: Path, tmp_path: Path, place: str) -> None:
+    before = content(tmp_path)
+    with pytest.raises(UsageError, match="lies in the other"):
+        splitting.plan(folder, LIMIT, tmp_path / place, force=True)
+    assert content(tmp_path) == before
+
+
+def test_a_copy_takes_nothing_from_outside_the_page(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "linked").symlink_to(tmp_path / "private")
+    os.mkfifo(folder / "pipe")
+    split(folder, to=tmp_path / "copy")
+    copy = tmp_path / "copy"
+    assert (copy / "link.txt").is_symlink()
+    assert (copy / "linked").is_symlink()
+    assert not (copy / "pipe").exists()
+    assert (copy / MANIFEST).exists()
+
+
 def test_what_else_lies_there_stays_and_is_named(folder: Path) -> None:
     (folder / "film.mp4").write_bytes(bytes(LIMIT + 1))
     plan = splitting.plan(folder, LIMIT, folder)
@@ -127,6 +172,17 @@ def test_a_split_page_is_still_one_that_export_may_replace(folder: Path) -> None
     assert site.is_ours(folder)
     split(folder)
     assert site.is_ours(folder)
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+    signal.alarm(20)
+    try:
+        with pytest.raises(IntegrityError, match="not the file that was exported"):
+            split(folder)
+    finally:
+        signal.alarm(0)
 
 
 def test_a_damaged_file_is_not_cut(folder: Path) -> None:
@@ -156,6 +212,60 @@ def test_damaged_parts_are_not_joined(folder: Path, damage: Callable[[Path], obj
     with pytest.raises(IntegrityError, match="00002-of-00005"):
         splitting.join(folder)
     assert not (folder / WEIGHTS).exists()
+
+
+def test_where_one_part_is_damaged_no_file_of_the_page_appears(folder: Path) -> None:
+    split(folder)
+    for name in (WEIGHTS, GRAPH):
+        copy = folder.with_name("copy")
+        shutil.copytree(folder, copy)
+        (part,) = copy.glob(f"{name}-*-00002-of-*")
+        part.write_bytes(bytes(part.stat().st_size))
+        before = content(copy)
+        with pytest.raises(IntegrityError, match="00002-of"):
+            splitting.join(copy)
+        assert content(copy) == before
+        shutil.rmtree(copy)
+
+
+def test_parts_that_are_of_another_file_than_is_listed_are_not_joined(folder: Path) -> None:
+    split(folder)
+    said = manifest(folder)
+    said["files"][GRAPH]["integrity"] = "sha256-" + "A" * 43 + "="
+    (folder / MANIFEST).write_text(json.dumps(said))
+    before = content(folder)
+    with pytest.raises(IntegrityError) as caught:
+        splitting.join(folder)
+    assert caught.value.file == folder / GRAPH
+    assert content(folder) == before
+
+
+def test_joining_that_was_stopped_while_it_tidied_up_goes_on(folder: Path) -> None:
+    before = content(folder)
+    split(folder)
+    parts = {path: path.read_bytes() for path in folder.rglob("*-of-*.bin")}
+    splitting.join(folder)
+    (folder / "mine.txt").write_text("precious")
+    for path, data in parts.items():
+        path.write_bytes(data)
+    splitting.join(folder)
+    assert content(folder) == {**before, "mine.txt": b"precious"}
+    with pytest.raises(UsageError, match="none of its files is split"):
+        splitting.join(folder)
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+def test_parts_that_may_be_needed_yet_stay(folder: Path, harm: Callable[[Path], object]) -> None:
+    split(folder)
+    parts = {path: path.read_bytes() for path in folder.rglob("*-of-*.bin")}
+    splitting.join(folder)
+    for path, data in parts.items():
+        path.write_bytes(data)
+    harm(folder / WEIGHTS)
+    before = content(folder)
+    with pytest.raises(ShrinkError):
+        splitting.join(folder)
+    assert content(folder) == before
 
 
 def test_a_whole_page_is_not_joined(folder: Path) -> None:

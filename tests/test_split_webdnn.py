@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -419,6 +420,15 @@ def test_the_plan_says_what_the_page_needs(tmp_path: Path) -> None:
     assert [f.name for f in plan.files][-2:] == ["split.js", "split.json"]
 
 
+def test_the_line_for_the_page_is_html_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    folder = make(tmp_path / 'モデル "><script>#?%')
+    (note,) = webdnn.plan(folder, 60_000, folder).notes
+    address = note.partition('src="')[2].partition('"')[0]
+    assert note.endswith(f'<script src="{address}"></script>')
+    assert not set(address) & set("<>#? ")
+    assert unquote(address) == f"{folder.name}/split.js"
+
+
 def test_a_folder_within_the_limit_stays_as_it_is(tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     before = content(folder)
@@ -565,6 +575,7 @@ MALFORMED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no object": lambda index: [],
     "not ours": lambda index: {},
     "a later version": lambda index: changed(index, version=2),
+    "a version that is no number": lambda index: changed(index, version=True),
     "no files": lambda index: changed(index, files=[]),
     "a file elsewhere": lambda index: changed(index, files={"../x.bin": {}}),
     "another file": lambda index: changed(index, files={"index.html": next(iter(index["shrink"]["files"].values()))}),

@@ -6,7 +6,7 @@
 
 Each kind of source is a module of this folder with
 
-    plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan
+    plan(source: Path, limit: int, folder: Path, *, force: bool = False, dry_run: bool = False) -> Plan
 
 and, where `shrink.parts` alone cannot join it, one of
 
@@ -26,13 +26,26 @@ from typing import Any
 
 from shrink import formats, parts
 from shrink.errors import BadInput, OutputError, ShrinkError, UsageError, printable
-from shrink.files import atomic_file, io_errors
+from shrink.files import atomic_file, io_errors, is_folder, is_taken
 from shrink.manifest import is_manifest
 from shrink.progress import Progress, silent
 
-__all__ = ["SMALLEST_LIMIT", "File", "Plan", "join", "plan", "the_model_in"]
+__all__ = [
+    "DONE",
+    "RENAMED",
+    "SMALLEST_LIMIT",
+    "File",
+    "Plan",
+    "is_web",
+    "join",
+    "plan",
+    "refuse_index",
+    "the_model_in",
+]
 
 SMALLEST_LIMIT = 10_000
+DONE = "it is split exactly so already: nothing is written"
+RENAMED = "there are files of these names with other content, so the new names hold a hash"
 
 
 @dataclass(frozen=True)
@@ -59,20 +72,23 @@ class Plan:
     write: Callable[[Progress], None]
 
 
-def plan(source: Path, *, limit: int, output: Path | None = None, force: bool = False) -> Plan:
+def plan(source: Path, *, limit: int, output: Path | None = None, force: bool = False, dry_run: bool = False) -> Plan:
     """What splitting writes so that no file is over `limit` bytes.
 
     `output` is the folder for the files, by default the one that the source lies in. A web folder is split in place;
-    an exported page can be copied to `output` on the way.
+    an exported page can be copied to `output` on the way. With `dry_run` what has to be made before it can be planned
+    lies in the system's temporary folder.
 
     Raises:
-        UsageError: a limit below 10,000 bytes, or there is a split already and no `force`.
+        UsageError: a limit below 10,000 bytes, the source is the index of a split, or there is a split already and
+            no `force`.
         BadInput: the source is malformed, or nothing that can be split.
         BoundNotMet: a file cannot be brought below the limit.
         OutputError: the source is missing or cannot be read.
     """
     if limit < SMALLEST_LIMIT:
         raise UsageError(f"a limit of {limit} bytes is too small", hint=f"the smallest is {SMALLEST_LIMIT} bytes")
+    refuse_index(source)
     kind = _kind(source)
     if source.is_dir():
         folder = output if output is not None else source
@@ -80,12 +96,32 @@ def plan(source: Path, *, limit: int, output: Path | None = None, force: bool = 
             raise UsageError("a folder is split in place", file=source, hint="leave the output out, or copy it first")
     else:
         folder = output if output is not None else source.parent
-        if not parts.is_plain(source.name) or not _is_text(source.name):
+        if not parts.is_plain(source.name):
             raise UsageError("a file of this name cannot be listed in an index", file=source, hint="rename it")
-        if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        if is_taken(folder) and not folder.is_dir():
             raise OutputError("is not a folder", file=folder)
-    made: Plan = _module(kind).plan(source, limit, folder, force=force)
+    made: Plan = _module(kind).plan(source, limit, folder, force=force, dry_run=dry_run)
+    for file in made.files:
+        # A name that is too long is better heard of before anything is written.
+        is_taken(folder / file.name)
     return made
+
+
+def is_web(folder: Path) -> bool:
+    """Whether the folder is for a web server: it holds a page."""
+    with io_errors(folder):
+        return any(folder.glob("*.html"))
+
+
+def refuse_index(source: Path) -> None:
+    """Raises UsageError for the index of a split: the model itself is not there."""
+    if is_folder(source):
+        return
+    if source.name.endswith(_STAGES):
+        raise UsageError("it is the index of stages", file=source, hint="name the ONNX file that was cut")
+    if source.name.endswith(_INDEX):
+        what = "an ONNX file in parts" if source.name.endswith(_ONNX_INDEX) else "shards"
+        raise UsageError(f"it is the index of {what} already", file=source, hint="join it first: shrink join")
 
 
 def join(
@@ -97,22 +133,25 @@ def join(
     original's name, beside the index; it appears when all of it is right, or not at all. The parts of an index stay.
 
     Raises:
-        UsageError: the output exists and there is no `force`, or a folder with an output.
+        UsageError: the output exists and there is no `force`, a folder with an output, or an index of stages.
         IntegrityError: a part is missing or not the one that was written.
         BadInput: not an index that shrink wrote.
     """
-    if source.is_dir():
+    if is_folder(source):
         if output is not None and output.resolve() != source.resolve():
             raise UsageError("a folder is joined in place", file=source, hint="leave the output out")
         _module(_folder_kind(source)).join(source, progress=progress)
         return (source,)
+    if source.name.endswith(_STAGES):
+        what = "it lists the stages that a network was cut into, which run one after another and are not joined"
+        raise UsageError(what, file=source, hint="keep the ONNX file that was cut")
     if source.name.endswith(_ONNX_INDEX):
         return (_module("onnx_data").join(source, output, force=force, progress=progress),)
     index = parts.read_index(source)
     target = output if output is not None else source.parent / index.file
-    if target.is_dir():
+    if is_folder(target):
         target = target / index.file
-    if (target.exists() or target.is_symlink()) and not force:
+    if is_taken(target) and not force:
         raise UsageError("exists already", file=target, hint="--force replaces it, -o names another")
     if any((source.parent / name).resolve() == target.resolve() for name in (source.name, *_named(index))):
         raise UsageError("the output would replace a file that it is made of", file=target)
@@ -131,7 +170,7 @@ def the_model_in(folder: Path) -> Path:
         return folder
     with io_errors(folder):
         files = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
-    indexes = [f for f in files if f.name.endswith(_INDEXES) and f.is_file()]
+    indexes = [f for f in files if f.name.endswith((_INDEX, _STAGES)) and f.is_file()]
     shards = {name for index in indexes for name in _listed_in(index)}
     models = [f for f in files if f not in indexes and f.name not in shards and _is_model(f)]
     if len(models) == 1:
@@ -144,7 +183,7 @@ def the_model_in(folder: Path) -> Path:
 
 
 _ONNX_INDEX = ".onnx.index.json"
-_INDEXES = (".index.json", ".stages.json")
+_INDEX, _STAGES = ".index.json", ".stages.json"
 _WEBDNN_INDEX = "split.json"
 # The kind of each format: the module here that splits it.
 _KINDS = {
@@ -219,11 +258,3 @@ def _listed_in(index: Path) -> set[str]:
 
 def _named(index: parts.PartsIndex) -> list[str]:
     return [part.file for part in (*index.parts, *index.index_parts)]
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return name.isprintable()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import IO
 
 from shrink import parts
 from shrink.errors import BadInput, IntegrityError, UsageError
-from shrink.files import atomic_file, file_size, inside, io_errors
+from shrink.files import atomic_file, file_size, inside, io_errors, is_folder, is_taken
 from shrink.parts import Part
 from shrink.progress import Progress, silent
 
@@ -44,17 +43,19 @@ class Index:
         ours = content.get("shrink")
         if not isinstance(ours, dict) or "layout" not in ours:
             raise BadInput("it is not the index of a split ONNX file", file=path, hint="shrink did not write it")
-        if ours.get("version") != parts.VERSION or type(ours["version"]) is not int:
-            raise BadInput("the version of the index is not known", file=path, hint="a newer shrink may know it")
+        parts.check_version(ours, path)
         file, size, integrity, graph = (ours.get(key) for key in ("file", "bytes", "integrity", "graph"))
         if not parts.is_plain(file) or not parts.is_plain(graph) or not parts.is_length(size):
             raise _wrong(path, "it does not say which file was split, its length, or the graph")
-        if not isinstance(integrity, str) or not re.fullmatch(r"sha256-[A-Za-z0-9+/]{43}=", integrity):
+        if not parts.is_integrity(integrity):
             raise _wrong(path, "there is no SHA-256 of the whole")
         found = ours.get("parts")
         sizes = [p.get("bytes") for p in found if isinstance(p, dict)] if isinstance(found, list) else []
         listed = parts.parse_parts(found, sum(n for n in sizes if type(n) is int), file=path)
         layout = tuple(_places(ours["layout"], listed, path))
+        # Bytes that are used twice could be used a million times.
+        if size > sum(part.size_bytes for part in listed):
+            raise _wrong(path, "the whole is longer than its parts")
         if sum(length for _, _, length in layout) != size:
             raise _wrong(path, "the layout does not add up to the length of the whole")
         return cls(path, file, size, integrity, graph, listed, layout, index_parts)
@@ -88,9 +89,9 @@ def join(index: Path, output: Path | None = None, *, force: bool = False, progre
     """
     found = Index.read(index)
     target = output if output is not None else index.parent / found.file
-    if target.is_dir():
+    if is_folder(target):
         target = target / found.file
-    if (target.exists() or target.is_symlink()) and not force:
+    if is_taken(target) and not force:
         raise UsageError("exists already", file=target, hint="--force replaces it, -o names another")
     own = (index.name, found.graph, *(part.file for part in (*found.parts, *found.index_parts)))
     if any((index.parent / name).resolve() == target.resolve() for name in own):

@@ -4,6 +4,8 @@
 <name>-stage-2-of-3-00001-of-00002.data …        its weights, where a stage cannot be brought below the limit
 <name>.stages.json                               how to chain them; written last
 
+In the folder of a page, whose visitors may have old ones in their caches, <name> is followed by a hash but in the last.
+
 {"version": 1,
  "inputs": [{"name", "dtype", "shape"}, …],      what the network takes, in the shapes it was planned for
  "outputs": [the same],
@@ -15,13 +17,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
 import mmap
 import os
 import re
-import secrets
 import shutil
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shrink import parts
 from shrink.errors import BoundNotMet, ShrinkError, UsageError
-from shrink.files import atomic_file, file_size, io_errors
+from shrink.files import Scratch, atomic_file, file_size, holds, io_errors, is_taken, put
 from shrink.formats import onnx as onnx_format
 from shrink.formats._onnx_proto import NAMED_DTYPES, Reader
 from shrink.model import Model
 from shrink.progress import Progress
-from shrink.split import File, Plan
+from shrink.split import RENAMED, File, Plan, is_web
 from shrink.split import _onnx_graph as onnx_data
 from shrink.split._chain import Link, compared
 from shrink.split._onnx_wire import Span
@@ -99,28 +99,34 @@ class StageFiles:
     def index(self) -> Path:
         return self.folder / f"{self.stem}{SUFFIX}"
 
-    def plan(self, notes: Sequence[str], *, force: bool) -> Plan:
+    def plan(self, notes: Sequence[str], *, force: bool, dry_run: bool) -> Plan:
         """Make all files in a folder of their own, which goes with the plan, and compare what they compute.
 
         Raises:
             UsageError: other stages are there, and no `force`.
             BoundNotMet: a stage cannot be brought below the limit.
         """
-        work = _Work(self.folder)
+        # A name that is too long is better heard of by where the file would be.
+        is_taken(self.folder / f"{self.stem}-stage-1-of-{len(self.protos)}{onnx_format.SUFFIX}")
+        work = Scratch(self.folder, dry_run=dry_run)
+        with io_errors(work.path.parent):
+            work.path.mkdir()
         made = self._make(work.path, "")
-        same = {part.file for part in made.files if _is_there(self.folder, part)}
-        same |= {name for name, data in made.index_parts if _holds(self.folder / name, data)}
+        web = is_web(self.folder)
+        if web:
+            made = self._make(work.path, parts.mark(made.index))
+        same = {part.file for part in made.files if parts.is_there(self.folder, part)}
+        same |= {name for name, data in made.index_parts if holds(self.folder / name, data)}
         names = {part.file for part in made.files} | {name for name, _ in made.index_parts}
-        if _is_taken(self.index):
-            if _holds(self.index, made.index) and same == names:
+        if is_taken(self.index):
+            if holds(self.index, made.index) and same == names:
                 done = (*notes, "it is cut exactly so already: nothing is written")
                 return Plan(self.source, self.folder, self.limit, self._listed(made), done, lambda progress: None)
             if not force:
                 raise UsageError("exists already", file=self.index, hint="--force replaces it")
-        if any(_is_taken(self.folder / name) for name in names - same):
-            mark = hashlib.sha256(made.index).hexdigest()[:8]
-            made = self._make(work.path, f"-{mark}")
-            notes = (*notes, "there are files of these names with other content, so the new names hold a hash")
+        if not web and any(is_taken(self.folder / name) for name in names - same):
+            made = self._make(work.path, parts.mark(made.index))
+            notes = (*notes, RENAMED)
         notes = (
             *notes,
             *self._notes(made),
@@ -217,18 +223,18 @@ class StageFiles:
 
     # --- writing
 
-    def _write(self, work: _Work, made: _Made, progress: Progress) -> None:
+    def _write(self, work: Scratch, made: _Made, progress: Progress) -> None:
         old = _names_of_old(self.index, self.stem)
         total, done = sum(part.size_bytes for part in made.files), 0
         with io_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for part in made.files:
                 progress(part.file, done, total)
-                os.replace(work.path / part.file, self.folder / part.file)
+                _move(work.path / part.file, self.folder / part.file)
                 done += part.size_bytes
         for name, data in made.index_parts:
-            _put(self.folder / name, data)
-        _put(self.index, made.index)
+            put(self.folder / name, data)
+        put(self.index, made.index)
         for name in old - {part.file for part in made.files} - {name for name, _ in made.index_parts}:
             # What is left of an old set is in nobody's way.
             with contextlib.suppress(OSError):
@@ -236,16 +242,14 @@ class StageFiles:
         shutil.rmtree(work.path, ignore_errors=True)
 
 
-class _Work:
-    """A folder beside what will be written, which goes when nobody holds this any more."""
-
-    def __init__(self, folder: Path):
-        folder = folder.absolute()
-        there = next(f for f in (folder, *folder.parents) if f.is_dir())
-        self.path = there / f".shrink-{secrets.token_hex(6)}.tmp"
-        with io_errors(there):
-            self.path.mkdir()
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+def _move(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with open(source, "rb") as file, atomic_file(target) as out:
+            shutil.copyfileobj(file, out)
 
 
 def _move_out(path: Path, stem: str, limit: int) -> list[Path]:
@@ -264,7 +268,7 @@ def _move_out(path: Path, stem: str, limit: int) -> list[Path]:
                     for piece in pieces:
                         out.write(bytes(piece.offset - out.tell()))
                         _copy(weights[piece.weight].values, piece.start, piece.size_bytes, whole, out)
-        _put(path, small)
+        put(path, small)
         return [path.with_name(name) for name, _ in named]
     return []
 
@@ -297,29 +301,6 @@ def _dtype(info: ValueInfoProto) -> str:
 def _shape(graph: Graph, name: str) -> list[int] | None:
     known = graph.shapes.get(name)
     return list(known) if known is not None else None
-
-
-def _is_taken(path: Path) -> bool:
-    return path.is_symlink() or path.exists()
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    with contextlib.suppress(OSError):
-        return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
-    return False
-
-
-def _is_there(folder: Path, part: parts.Part) -> bool:
-    try:
-        parts.verify(folder, [part], file=folder)
-    except ShrinkError:
-        return False
-    return True
-
-
-def _put(path: Path, data: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(data)
 
 
 def _names_of_old(index: Path, stem: str) -> frozenset[str]:

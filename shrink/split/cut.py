@@ -232,6 +232,7 @@ def plan(
     folder: Path,
     *,
     force: bool = False,
+    dry_run: bool = False,
     input_shapes: Sequence[tuple[int, ...]] | None = None,
 ) -> Plan:
     """Stage files of an ONNX file, and `<name>.stages.json`, which says how to chain them.
@@ -252,7 +253,8 @@ def plan(
     sizes = {tensor.name: tensor.size_bytes for tensor in model.tensors if hasattr(tensor, "size_bytes")}
     stages = cut(graph, _by_initializer(proto, sizes), min(limit, AT_MOST_BYTES))
     notes = ["the stages leave out what the model says about training"] if dropped else []
-    return StageFiles(source, limit, folder, model, graph, stages, stage_models(graph, stages)).plan(notes, force=force)
+    files = StageFiles(source, limit, folder, model, graph, stages, stage_models(graph, stages))
+    return files.plan(notes, force=force, dry_run=dry_run)
 
 
 def _with_small_tensors(model: Model) -> ModelProto:

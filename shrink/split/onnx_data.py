@@ -5,6 +5,8 @@
     model.rest-00001-of-00001.bin …     what else the file held; only joining needs it
     model.onnx.index.json               written last
 
+In the folder of a page, whose visitors may have old ones in their caches, the names of parts hold a hash.
+
 The index is that of `shrink.parts`, but for how the original comes of the parts:
 
     "shrink": {"version": 1, "file": name of the original, "bytes": its length, "integrity": its SHA-256,
@@ -16,12 +18,9 @@ The index is that of `shrink.parts`, but for how the original comes of the parts
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import mmap
 import re
-import secrets
-import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,11 +30,11 @@ from typing import IO, Any
 
 from shrink import formats, parts
 from shrink.errors import BadInput, BoundNotMet, ShrinkError, UsageError, blaming, printable
-from shrink.files import atomic_file, file_size, io_errors
+from shrink.files import Scratch, file_size, holds, io_errors, is_taken, put
 from shrink.formats._onnx_proto import AT_MOST_BYTES
 from shrink.parts import Part
 from shrink.progress import Progress
-from shrink.split import File, Plan
+from shrink.split import DONE, RENAMED, File, Plan, is_web
 from shrink.split._onnx_graph import Graph, Piece, Weight, arrange
 from shrink.split._onnx_index import Index, join
 from shrink.split._onnx_wire import Span
@@ -49,14 +48,14 @@ INDEX_SUFFIX = ".onnx.index.json"
 _LEAST_BYTES = (1024, 128)
 _BLOCK = 1 << 20
 
-_DONE = "it is split exactly so already: nothing is written"
-_RENAMED = "there are files of these names with other content, so the new names hold a hash"
+# As long as every other: what a graph is planned with before anything is hashed.
+_ANY_MARK = "-00000000"
 
 Segment = tuple[int, int] | bytes
 """Start and length of bytes of the whole file, or bytes."""
 
 
-def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan:
+def plan(source: Path, limit: int, folder: Path, *, force: bool = False, dry_run: bool = False) -> Plan:
     """The graph, data files and index of an ONNX file.
 
     Raises:
@@ -72,7 +71,7 @@ def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan
     alive: object = None
     with blaming(source):
         if _has_external_data(source):
-            alive = merged = _Temporary(_nearest(folder))
+            alive = merged = Scratch(folder, dry_run=dry_run)
             model = formats.sniff(source).read(source)
             formats.by_name("onnx").write(model, model.tensors, merged.path, None)
             whole = merged.path
@@ -102,20 +101,6 @@ def _opened(path: Path, least_bytes: int) -> Iterator[Graph]:
         yield Graph(data, path, least_bytes)
 
 
-class _Temporary:
-    """A name for a file beside what will be written, which goes when nobody holds this any more."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / f".shrink-{secrets.token_hex(6)}.tmp"
-        weakref.finalize(self, self.path.unlink, missing_ok=True)
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or what there is of the way to it."""
-    folder = folder.absolute()
-    return next(f for f in (folder, *folder.parents) if f.is_dir())
-
-
 @dataclass(frozen=True)
 class _Split:
     """A file to split: where it lies, what it is called, its weights, and which pieces of them each data file holds."""
@@ -133,12 +118,13 @@ class _Split:
     @classmethod
     def of(cls, whole: Path, name: str, limit: int, folder: Path) -> _Split:
         size = 0
+        mark = _ANY_MARK if is_web(folder) else ""
         for least_bytes in _LEAST_BYTES:
             with _opened(whole, least_bytes) as graph:
                 weights = graph.keep_whole(limit)
                 files = tuple(tuple(pieces) for pieces in arrange(weights, limit))
                 split = cls(whole, name, limit, folder, file_size(whole), least_bytes, tuple(weights), files, ())
-                size = len(graph.with_data_in(split.named()))
+                size = len(graph.with_data_in(split.named(mark)))
                 if size <= limit:
                     return replace(split, dropped=tuple(graph.dropped))
         raise _too_large(size, limit)
@@ -296,8 +282,8 @@ class _Set:
     def there(self, folder: Path) -> set[str]:
         """The files that are there with the very content that they would be written with."""
         return {
-            *(name for name, data in self.index_parts if _holds(folder / name, data)),
-            *(part.file for part in self.parts if _is_there(folder, part)),
+            *(name for name, data in self.index_parts if holds(folder / name, data)),
+            *(part.file for part in self.parts if parts.is_there(folder, part)),
         }
 
 
@@ -323,26 +309,31 @@ def _index_text(split: _Split, found: Sequence[Part], integrity: str) -> bytes:
 def _plan(split: _Split, source: Path, notes: tuple[str, ...], *, force: bool, alive: object) -> Plan:
     """The plan. `alive` is held as long as the plan can be carried out."""
     expected = _Set.of(split, split.unhashed(), parts.NO_INTEGRITY)
-    graph, mark, kept = split.graph_bytes(""), "", set[str]()
-    fixed = [path for path in (split.index, split.graph) if path.is_symlink() or path.exists()]
-    taken = {name for name in expected.names if (split.folder / name).is_symlink() or (split.folder / name).exists()}
+    mark, kept = "", set[str]()
+    fixed = [path for path in (split.index, split.graph) if is_taken(path)]
+    taken = {name for name in expected.names if is_taken(split.folder / name)}
     old = _names_of_old(split)
-    if fixed or taken:
-        # Names are in use: only now is it worth reading everything before anything is written.
+    web = is_web(split.folder)
+    graph = split.graph_bytes("")
+    if fixed or taken or web:
+        # Names are in use, or hold a hash: only now is it worth reading everything before anything is written.
         expected = _Set.of(split, list(_described(split)), _whole_integrity(split))
+        if web:
+            mark = parts.mark(graph, expected.index, *(data for _, data in expected.index_parts))
+            expected = _Set.of(split, expected.parts, expected.integrity, mark)
+            graph = split.graph_bytes(mark)
         kept = expected.there(split.folder)
-        if _holds(split.index, expected.index) and _holds(split.graph, graph) and kept == expected.names:
+        if holds(split.index, expected.index) and holds(split.graph, graph) and kept == expected.names:
             files = _files(split, expected, graph)
-            return Plan(source, split.folder, split.limit, files, (*notes, _DONE), lambda progress: None)
+            return Plan(source, split.folder, split.limit, files, (*notes, DONE), lambda progress: None)
         if fixed and not force:
             raise UsageError("exists already", file=fixed[0], hint="--force replaces it")
-        if taken - kept:
-            digest = hashlib.sha256(b"".join((graph, expected.index, *(data for _, data in expected.index_parts))))
-            mark = f"-{digest.hexdigest()[:8]}"
+        if not mark and taken - kept:
+            mark = parts.mark(graph, expected.index, *(data for _, data in expected.index_parts))
             expected = _Set.of(split, expected.parts, expected.integrity, mark)
             graph = split.graph_bytes(mark)
             kept = expected.there(split.folder)
-            notes = (*notes, _RENAMED)
+            notes = (*notes, RENAMED)
     if split.size_bytes <= split.limit:
         notes = (*notes, f"the whole file is within the limit already: {split.size_bytes} bytes")
 
@@ -386,20 +377,6 @@ def _whole_integrity(split: _Split) -> str:
         return parts.describe(split.name, file, split.size_bytes).integrity
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    with contextlib.suppress(OSError):
-        return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
-    return False
-
-
-def _is_there(folder: Path, part: Part) -> bool:
-    try:
-        parts.verify(folder, [part], file=folder)
-    except ShrinkError:
-        return False
-    return True
-
-
 def _names_of_old(split: _Split) -> frozenset[str]:
     """The files of the set that is replaced, as far as its index can be read and the names are like ours."""
     if not split.index.is_file():
@@ -430,10 +407,10 @@ def _write(
         raise _changed(split)
     for name, data in found.index_parts:
         if name not in kept:
-            _put(split.folder / name, data)
+            put(split.folder / name, data)
     # It names the data files, which are there; the index, and with it joining, is still the old one.
-    _put(split.graph, graph)
-    _put(split.index, found.index)
+    put(split.graph, graph)
+    put(split.index, found.index)
     for name in old - found.names:
         # What is left of an old set is in nobody's way.
         with contextlib.suppress(OSError):
@@ -464,8 +441,3 @@ def _written(split: _Split, expected: _Set, kept: set[str], progress: Progress) 
 
 def _changed(split: _Split) -> BadInput:
     return BadInput("the file has changed since the split was planned", file=split.whole)
-
-
-def _put(path: Path, data: bytes) -> None:
-    with atomic_file(path) as out:
-        out.write(data)

@@ -7,18 +7,15 @@ The index follows Hugging Face's convention (`weight_map`, `metadata.total_size`
                "tensors": {name: [shard numbers]}}      those that lie in chunks or under another name; from 1
 
 The first tensor of the first shard, `shrink.header`, is the header of the whole. Shards are written first, each whole
-or not at all, and the index last. A shard never replaces one of other content: where that would happen, the new
-names hold a hash.
+or not at all, and the index last. A shard never replaces one of other content: where that would happen, and in the
+folder of a page, whose visitors may have the old ones in their caches, the new names hold a hash.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
-import secrets
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 
 from shrink import container, formats, parts
 from shrink.errors import BadInput, ShrinkError, UsageError, printable
-from shrink.files import atomic_file, file_size, io_errors
+from shrink.files import Scratch, file_size, holds, io_errors, is_taken, put
 from shrink.parts import Part
 from shrink.progress import Progress
-from shrink.split import File, Plan
+from shrink.split import DONE, RENAMED, File, Plan, is_web
 from shrink.split._layout import Shard, items, layout
 
 __all__ = ["INDEX_SUFFIX", "plan"]
@@ -43,18 +40,16 @@ _HEADER = "shrink.header"
 _LEVEL = 3
 
 
-def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan:
+def plan(source: Path, limit: int, folder: Path, *, force: bool = False, dry_run: bool = False) -> Plan:
     """Shards of a safetensors file, or of the safetensors file that an npz or h5 becomes on the way.
 
     Raises:
         UsageError: there is an index already, and no `force`.
         BadInput: the source is malformed.
     """
-    if source.name.endswith(".index.json"):
-        raise UsageError("it is the index of shards already", file=source, hint="join it first: shrink join")
     if formats.sniff(source).NAME == "safetensors":
         return _plan(_Split.of(source, source.name, limit, folder), source, (), force=force)
-    whole = _Temporary(_nearest(folder))
+    whole = Scratch(folder, dry_run=dry_run)
     model = formats.sniff(source).read(source)
     formats.by_name("safetensors").write(model, model.tensors, whole.path, _LEVEL)
     name = source.with_suffix(SUFFIX).name
@@ -63,20 +58,6 @@ def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan
         "and that is what joining gives back"
     )
     return _plan(_Split.of(whole.path, name, limit, folder), source, (note,), force=force, alive=whole)
-
-
-class _Temporary:
-    """A name for a file beside what will be written, which goes when nobody holds this any more."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / f".shrink-{secrets.token_hex(6)}.tmp"
-        weakref.finalize(self, self.path.unlink, missing_ok=True)
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or what there is of the way to it."""
-    folder = folder.absolute()
-    return next(f for f in (folder, *folder.parents) if f.is_dir())
 
 
 @dataclass(frozen=True)
@@ -194,6 +175,10 @@ class _Set:
         return cls(named, index_parts, top)
 
     @property
+    def mark(self) -> str:
+        return parts.mark(self.index, *(data for _, data in self.index_parts))
+
+    @property
     def names(self) -> set[str]:
         return {part.file for part in self.parts} | {name for name, _ in self.index_parts}
 
@@ -202,24 +187,26 @@ def _plan(split: _Split, source: Path, notes: tuple[str, ...], *, force: bool, a
     """The plan. `alive` is held as long as the plan can be carried out."""
     expected = _Set.of(split, split.unhashed())
     mark, kept = "", frozenset[str]()
+    taken = [n for n in (*expected.names, split.index.name) if is_taken(split.folder / n)]
     old = _names_of_old(split)
-    taken = [
-        n for n in (*expected.names, split.index.name) if (split.folder / n).is_symlink() or (split.folder / n).exists()
-    ]
-    if taken:
-        # Names are in use: only now is it worth reading everything before anything is written.
+    web = is_web(split.folder)
+    if taken or web:
+        # Names are in use, or hold a hash: only now is it worth reading everything before anything is written.
         exact = _Set.of(split, [*_hashed(split)])
+        if web:
+            mark = exact.mark
+            exact = _Set.of(split, exact.parts, mark)
         same = {name for name in exact.names if _is_there(split.folder, exact, name)}
-        index_is_same = _holds(split.index, exact.index)
+        index_is_same = holds(split.index, exact.index)
         if index_is_same and same == exact.names:
-            return Plan(source, split.folder, split.limit, _files(split, exact), (*notes, _DONE), lambda progress: None)
+            return Plan(source, split.folder, split.limit, _files(split, exact), (*notes, DONE), lambda progress: None)
         if split.index.name in taken and not force:
             raise UsageError("exists already", file=split.index, hint="--force replaces it")
-        if any(name in exact.names and name not in same for name in taken):
-            mark = "-" + hashlib.sha256(b"".join((exact.index, *(d for _, d in exact.index_parts)))).hexdigest()[:8]
+        if not mark and any(name in exact.names and name not in same for name in taken):
+            mark = exact.mark
             exact = _Set.of(split, exact.parts, mark)
             same = {name for name in exact.names if _is_there(split.folder, exact, name)}
-            notes = (*notes, "there are files of these names with other content, so the new names hold a hash")
+            notes = (*notes, RENAMED)
         expected, kept = exact, frozenset(same)
     if split.size_bytes <= split.limit:
         notes = (*notes, f"the whole file is within the limit already: {split.size_bytes} bytes")
@@ -229,9 +216,6 @@ def _plan(split: _Split, source: Path, notes: tuple[str, ...], *, force: bool, a
         _ = alive
 
     return Plan(source, split.folder, split.limit, _files(split, expected), notes, write)
-
-
-_DONE = "it is split exactly so already: nothing is written"
 
 
 def _files(split: _Split, found: _Set) -> tuple[File, ...]:
@@ -264,22 +248,12 @@ def _hashed(split: _Split) -> Iterator[Part]:
             yield parts.describe(name, file, shard.stop - shard.start, head=shard.header)
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    with contextlib.suppress(OSError):
-        return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
-    return False
-
-
 def _is_there(folder: Path, wanted: _Set, name: str) -> bool:
     """Whether the file is there with the very content that it would be written with."""
     for other, data in wanted.index_parts:
         if other == name:
-            return _holds(folder / name, data)
-    try:
-        parts.verify(folder, [part for part in wanted.parts if part.file == name], file=folder)
-    except ShrinkError:
-        return False
-    return True
+            return holds(folder / name, data)
+    return all(parts.is_there(folder, part) for part in wanted.parts if part.file == name)
 
 
 def _names_of_old(split: _Split) -> frozenset[str]:
@@ -304,8 +278,8 @@ def _write(
     found = _Set.of(split, list(_written(split, expected, kept, progress)), mark)
     for name, data in found.index_parts:
         if name not in kept:
-            _put(split.folder / name, data)
-    _put(split.index, found.index)
+            put(split.folder / name, data)
+    put(split.index, found.index)
     for name in old - found.names:
         # What is left of an old set is in nobody's way.
         with contextlib.suppress(OSError):
@@ -335,8 +309,3 @@ def _written(split: _Split, expected: list[Part], kept: frozenset[str], progress
                 raise BadInput("the file has changed since the split was planned", file=split.whole)
             yield part
     progress("", split.size_bytes, split.size_bytes)
-
-
-def _put(path: Path, data: bytes) -> None:
-    with atomic_file(path) as out:
-        out.write(data)

@@ -7,8 +7,8 @@ pages and styles are loaded by the browser itself, one file each, and cannot be 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -16,8 +16,8 @@ from typing import IO
 
 from shrink import parts
 from shrink.errors import BoundNotMet, IntegrityError, UsageError
-from shrink.files import atomic_file, atomic_folder, io_errors
-from shrink.manifest import MANIFEST, Listed, as_bytes, part_stem, read, strangers
+from shrink.files import atomic_file, atomic_folder, io_errors, put
+from shrink.manifest import MANIFEST, Listed, as_bytes, is_ours, part_stem, read, strangers
 from shrink.parts import Part
 from shrink.progress import Progress, silent
 from shrink.split import File, Plan
@@ -30,7 +30,7 @@ _FETCHED = (".safetensors", ".onnx", ".gz", ".bin", ".wasm", ".json")
 _OWN_FOLDER = "shrink"
 
 
-def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan:
+def plan(source: Path, limit: int, folder: Path, *, force: bool = False, dry_run: bool = False) -> Plan:
     """How the page in `source` fits a host that takes files of `limit` bytes.
 
     With `folder` elsewhere the page is copied there first; `force` lets it replace what is there.
@@ -42,8 +42,8 @@ def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan
     """
     content, files = read(source)
     in_place = folder.resolve() == source.resolve()
-    if not in_place and folder.exists() and not force:
-        raise UsageError("exists already", file=folder, hint="--force replaces it")
+    if not in_place:
+        _check_copy(source, folder, force=force)
     large = {name: about for name, about in files.items() if _largest(name, about) > limit}
     stuck = {name: about.size_bytes for name, about in files.items() if name in large and not _can_be_cut(name)}
     if stuck:
@@ -69,7 +69,8 @@ def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan
             _write(source, content, files, planned, progress)
             return
         with atomic_folder(folder) as copy:
-            shutil.copytree(source, copy, dirs_exist_ok=True)
+            # A link is copied as a link: what it leads to is not the page's to publish. A pipe would never end.
+            shutil.copytree(source, copy, symlinks=True, ignore=_special, dirs_exist_ok=True)
             _write(copy, content, files, planned, progress)
 
     if not large and in_place:
@@ -82,25 +83,59 @@ def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan
     return Plan(source, folder, limit, (*cut, File(MANIFEST, size, "the list of all files")), notes, write)
 
 
+def _check_copy(source: Path, folder: Path, *, force: bool) -> None:
+    """Raises UsageError where a copy of the page would replace what is no page, or come into itself."""
+    ours, copy = source.resolve(), folder.resolve()
+    if copy.is_relative_to(ours) or ours.is_relative_to(copy):
+        raise UsageError("one of the folders lies in the other", file=folder, hint="choose another -o")
+    if folder.is_dir() and not is_ours(folder):
+        raise UsageError("holds files that shrink did not export", file=folder, hint="choose another -o")
+    if folder.exists() and not force:
+        raise UsageError("exists already", file=folder, hint="--force replaces it")
+
+
+def _special(folder: str, names: list[str]) -> set[str]:
+    """What is no file, folder or link."""
+    paths = {name: Path(folder, name) for name in names}
+    return {name for name, p in paths.items() if not (p.is_symlink() or p.is_file() or p.is_dir())}
+
+
 def join(folder: Path, progress: Progress = silent) -> None:
     """Put every split file of the page in `folder` together again, in place.
 
     Raises:
         BadInput: it is not an exported page.
         IntegrityError: a part is missing or damaged; nothing is changed then.
-        UsageError: none of its files is split.
+        UsageError: none of its files is split, and nothing is left of a split.
     """
     content, files = read(folder)
     split = {name: about for name, about in files.items() if about.parts}
-    if not split:
-        raise UsageError("none of its files is split", file=folder)
-    for name, about in split.items():
-        place = folder / name
-        with atomic_file(place) as out:
-            parts.join(place.parent, about.parts, out, file=folder / MANIFEST, progress=progress)
-        _check_whole(place, about)
     whole = {name: Listed(about.size_bytes, about.integrity) for name, about in files.items()}
+    if not split and not _left_over(folder, whole):
+        raise UsageError("none of its files is split", file=folder)
+    # Together: where one part is wrong, none of the files appears.
+    with contextlib.ExitStack() as together:
+        for name, about in split.items():
+            place = folder / name
+            out = together.enter_context(atomic_file(place))
+            parts.join(place.parent, about.parts, out, file=folder / MANIFEST, progress=progress)
+            out.flush()
+            _check_whole(place, about, Path(out.name))
+    if not split:
+        # Joining was stopped while it tidied up: what is left may go where it is not needed any more.
+        for name, about in whole.items():
+            _check_whole(folder / name, about)
     _commit(folder, content, whole)
+
+
+def _left_over(folder: Path, files: Mapping[str, Listed]) -> set[str]:
+    """What is the page's, lies there, and is needed by nobody."""
+    needed = {MANIFEST}
+    for name, about in files.items():
+        cut = {str(PurePosixPath(name).with_name(part.file)) for part in about.parts}
+        needed |= cut or {name}
+    present = _present(folder)
+    return present - needed - strangers(folder, files, present)
 
 
 def _largest(name: str, about: Listed) -> int:
@@ -174,21 +209,21 @@ def _whole(place: Path, about: Listed, folder: Path) -> Iterator[IO[bytes]]:
         yield joined
 
 
-def _check_whole(place: Path, about: Listed) -> None:
-    with io_errors(place), open(place, "rb") as file:
-        same = os.fstat(file.fileno()).st_size == about.size_bytes
-        if not same or parts.describe(place.name, file, about.size_bytes).integrity != about.integrity:
-            raise IntegrityError("it is not the file that was exported", file=place, hint="export the page again")
+def _check_whole(place: Path, about: Listed, lies_at: Path | None = None) -> None:
+    path = lies_at or place
+    with io_errors(place):
+        found = path.stat()
+        # Opening a pipe would wait for ever.
+        same = stat.S_ISREG(found.st_mode) and found.st_size == about.size_bytes
+        if same:
+            with open(path, "rb") as file:
+                same = parts.describe(place.name, file, about.size_bytes).integrity == about.integrity
+    if not same:
+        raise IntegrityError("it is not the file that was exported", file=place, hint="export the page again")
 
 
 def _commit(folder: Path, content: Mapping[str, object], files: Mapping[str, Listed]) -> None:
     """Replace the manifest: from here on the page is the new one. Then what no page needs goes."""
-    with atomic_file(folder / MANIFEST) as out:
-        out.write(_manifest(content, files))
-    kept = {MANIFEST}
-    for name, about in files.items():
-        cut = {str(PurePosixPath(name).with_name(part.file)) for part in about.parts}
-        kept |= cut or {name}
-    present = _present(folder)
-    for name in present - kept - strangers(folder, files, present):
+    put(folder / MANIFEST, _manifest(content, files))
+    for name in _left_over(folder, files):
         (folder / name).unlink(missing_ok=True)

@@ -21,10 +21,11 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from shrink import parts
 from shrink.errors import BadInput, BoundNotMet, UsageError, printable
-from shrink.files import atomic_file, file_size, io_errors
+from shrink.files import atomic_file, file_size, io_errors, put
 from shrink.formats._webdnn_read import GRAPH_FILE, WEIGHT_FILE
 from shrink.parts import Part
 from shrink.progress import Progress, silent
@@ -36,7 +37,6 @@ INDEX, SCRIPT = "split.json", "split.js"
 
 _PART = re.compile(r"(weight|graph)_\w{1,64}-[0-9a-f]{8}-\d{5,}-of-\d{5,}\.bin")
 _INDEX_PART = re.compile(r"split-[0-9a-f]{8}-index\d?-\d{5,}-of-\d{5,}\.json")
-_INTEGRITY = re.compile(r"sha256-[A-Za-z0-9+/]{43}=")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Index:
         return {part.file for part in (*(p for file in self.files.values() for p in file.parts), *self.parts)}
 
 
-def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan:
+def plan(source: Path, limit: int, folder: Path, *, force: bool = False, dry_run: bool = False) -> Plan:
     """The parts of each file over the limit, the script and the index. The files themselves go when all is written.
 
     Raises:
@@ -115,7 +115,7 @@ def plan(source: Path, limit: int, folder: Path, *, force: bool = False) -> Plan
     for file in files:
         if file.size_bytes > limit:
             raise BoundNotMet(f"it would have {file.size_bytes} bytes, over the limit of {limit}", file=file.name)
-    script = f'<script src="{printable(folder.resolve().name)}/{SCRIPT}"></script>'
+    script = f'<script src="{quote(folder.resolve().name, errors="surrogateescape")}/{SCRIPT}"></script>'
     note = f"the page needs one more line, before it calls WebDNN.load: {script}"
 
     def write(progress: Progress) -> None:
@@ -192,8 +192,7 @@ def _write(folder: Path, kept: Mapping[str, _Cut], cut: Mapping[str, _Cut], limi
     new = _Index({**kept, **done})
     top, index_parts = _indexed(new.files, limit)
     for name, data in ((SCRIPT, _script()), *index_parts, (INDEX, top)):
-        with atomic_file(folder / name) as out:
-            out.write(data)
+        put(folder / name, data)
     _remove(folder, [*done, *(_all_parts(folder) - new.names() - {name for name, _ in index_parts})])
 
 
@@ -236,12 +235,13 @@ def _read(folder: Path) -> _Index:
     content, index_parts = parts.read_json(path)
     ours = content.get("shrink")
     files = ours.get("files") if isinstance(ours, dict) else None
-    if not isinstance(files, dict) or not isinstance(ours, dict) or ours.get("version") != parts.VERSION:
-        raise BadInput("it is not the index of a WebDNN folder in parts, or of another version", file=path)
+    if not isinstance(ours, dict) or not isinstance(files, dict):
+        raise BadInput("it is not the index of a WebDNN folder in parts", file=path)
+    parts.check_version(ours, path)
     found = {}
     for name, said in files.items():
         integrity = said.get("integrity") if isinstance(said, dict) else None
-        if not _can_be_cut(name) or not isinstance(integrity, str) or not _INTEGRITY.fullmatch(integrity):
+        if not _can_be_cut(name) or not parts.is_integrity(integrity):
             raise BadInput(f"not a valid index: {printable(name)} is not such a file, or has no SHA-256", file=path)
         found[name] = _Cut(said["bytes"], integrity, parts.parse_parts(said.get("parts"), said.get("bytes"), file=path))
     return _Index(found, index_parts)

@@ -3,10 +3,12 @@
 import { openChain } from "./chain.js";
 import { LoadError } from "./errors.js";
 import { fetchFile } from "./fetch_file.js";
+import { beside, checkParts, joinParts } from "./parts.js";
 
 const VERSION = 1;
 // An index that is too large for one file lies in several, which may have an index again.
 const INDEX_ROUNDS = 8;
+const INDEX_AT_MOST = 2 ** 26;
 
 /**
  * Opens the stages that a `.stages.json` lists. `ort` is ONNX Runtime Web, as the page has imported it.
@@ -69,17 +71,14 @@ function counter(total, onProgress = () => {}) {
 const bytesOf = ({ bytes, data = [] }) => data.reduce((sum, part) => sum + part.bytes, bytes);
 
 function fetchPart(base, { file, bytes, integrity }, progress, signal) {
-  return fetchFile(new URL(encodeURIComponent(file), base).href, { bytes, integrity, onProgress: progress?.(file), signal });
+  return fetchFile(beside(file, base), { bytes, integrity, onProgress: progress(file), signal });
 }
 
 async function fetchIndex(url, signal) {
   let content = parsed(await fetchFile(url, { signal }));
   for (let round = 0; content?.shrink?.index && round < INDEX_ROUNDS; round++) {
-    const parts = content.shrink.index.parts;
-    if (!Array.isArray(parts) || !parts.every(isPart)) throw corrupt();
-    const texts = [];
-    for (const part of parts) texts.push(await fetchPart(url, part, undefined, signal));
-    content = parsed(await new Blob(texts).arrayBuffer());
+    const { parts, bytes } = content.shrink.index;
+    content = parsed(await joinParts(parts, { bytes, maxBytes: INDEX_AT_MOST, base: url, signal }));
   }
   if (content?.version > VERSION) throw new LoadError("unsupported", "the stages were written by a newer shrink");
   const { version, inputs, outputs, stages } = content ?? {};
@@ -103,14 +102,7 @@ const corrupt = (cause) => new LoadError("corrupt", "this is no list of stages t
 function isStage(stage) {
   const names = [stage?.inputs, stage?.outputs, stage?.drop];
   const data = stage?.data ?? [];
-  return isPart(stage) && names.every(isNames) && Array.isArray(data) && data.every(isPart);
+  return names.every(isNames) && Array.isArray(data) && checkParts([stage, ...data]).length > 0;
 }
 
 const isNames = (names) => Array.isArray(names) && names.every((name) => typeof name === "string");
-
-/** Whether this names a file in the folder of the index, and says how long it is and what it holds. */
-function isPart(part) {
-  const { file, bytes, integrity } = part ?? {};
-  const isPlain = typeof file === "string" && !/[/\\\0]/.test(file) && !["", ".", ".."].includes(file);
-  return isPlain && Number.isSafeInteger(bytes) && bytes >= 0 && /^sha256-[A-Za-z0-9+/]{43}=$/.test(integrity);
-}
