@@ -36,6 +36,8 @@ _file = click.Path(path_type=Path)
 
 _GATE_CLOSED = 4
 _REASONS_SHOWN = 8
+# Who made a page stands in its head.
+_HEAD_BYTES = 1 << 16
 
 
 @click.command("bench")
@@ -138,7 +140,7 @@ def bench_command(
             _finish(document.checked(part), notes, page, numbers, as_json)
         raise
     found = document.checked(found)
-    found["checks"] = summary.evaluated(found, bounds)
+    found["checks"] = summary.evaluated(found, bounds, () if variants else plan.modes)
     _finish(found, notes, page, numbers, as_json)
     failed = [check for check in found["checks"] if not check["met"]]
     for check in failed:
@@ -160,8 +162,9 @@ def report_command(data: Path, output: Path | None, force: bool, as_json: bool) 
     Example:
       shrink report reports/gen.json -o gen.html
     """
-    page = output or data.with_suffix(".html")
-    _check_outputs([page], [data], force)
+    page, _ = _outputs(output or data.with_suffix(".html"))
+    # What was rendered may be rendered again.
+    _check_outputs([page], [data], force or _is_report(page))
     _needs_templates()
     found = document.read(data)
     _write_page(found, page)
@@ -228,6 +231,14 @@ def _outputs(page: Path) -> tuple[Path, Path]:
 
 def _present(*paths: Path | None) -> list[Path]:
     return [path for path in paths if path is not None]
+
+
+def _is_report(page: Path) -> bool:
+    """Whether this is a page that shrink wrote."""
+    if not page.is_file():
+        return False
+    with io_errors(page), open(page, "rb") as file:
+        return b'<meta name="generator" content="shrink">' in file.read(_HEAD_BYTES)
 
 
 def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], force: bool) -> None:

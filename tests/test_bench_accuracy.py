@@ -305,6 +305,14 @@ def test_one_bad_layer_stands_first(generator: Given) -> None:
     assert found.why == ""
 
 
+def test_layers_without_a_limit_of_time(generator: Given, tmp_path: Path) -> None:
+    variant = variants.by_mode(generator.first, "int8", tmp_path, silent)
+    found = accuracy.layers(generator.reference, variant, silent, seconds=math.inf)
+    assert found is not None
+    assert found.why == ""
+    assert found.rows[0]["output_sqnr_db"] is not None
+
+
 def test_what_layers_became_and_take(generator: Given, tmp_path: Path) -> None:
     for mode, became in (("int8", "int8"), ("prune", "pruned"), ("float16", "float16")):
         variant = variants.by_mode(generator.first, mode, tmp_path, silent)

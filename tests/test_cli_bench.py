@@ -302,7 +302,12 @@ def test_a_report_is_rendered_again_the_same(tmp_path: Path) -> None:
     other = tmp_path / "other.html"
     assert run("report", data, "-o", other, "--json").code == 0
     assert other.read_bytes() == page.read_bytes()
+    page.write_text(page.read_text().replace("</main>", "<p>old</p></main>"))
+    assert run("report", data).code == 0
+    assert other.read_bytes() == page.read_bytes()
+    page.write_text("<!DOCTYPE html><title>My thesis</title>")
     fails(run("report", data), 2, "gen.html: exists already")
+    fails(run("report", data, "-o", tmp_path / "gen.txt"), 2, "a report is an .html file")
     assert data.read_bytes() == FIXTURE.read_bytes()
 
 

@@ -61,6 +61,10 @@ def compared(original: Outputs, other: Outputs, labels: Array | None = None) -> 
         quality = psnr
     elif kind in ("classes", "sequence"):
         out |= _of_classes(np.stack(before), np.stack(after), labels)
+    for key in ("psnr_db", "ssim"):
+        if out["problem"] and out[key]:
+            # A sample without a figure is here the worst of all, and no mean can hold it.
+            out[key] |= {"mean": None, "worst": None}
     out["worst_input"] = None if out["exact"] else _lowest(quality)
     return out
 
@@ -272,7 +276,7 @@ def layers(
     count = min(
         _SAMPLES_PER_LAYER,
         len(reference.outputs),
-        int(min(seconds // cost, _SAMPLES_PER_LAYER)) if cost > 0 else _SAMPLES_PER_LAYER,
+        int(min(seconds / cost, _SAMPLES_PER_LAYER)) if cost > 0 else _SAMPLES_PER_LAYER,
     )
     why = "" if count else f"{len(changed)} layers would take about {math.ceil(cost / 60)} min"
     rows = []

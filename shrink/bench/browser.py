@@ -389,7 +389,7 @@ class _Rounds:
                 spent = max(0.0, time.monotonic() - start)
                 if rounds >= options.runs and spent >= options.seconds:
                     return
-                if rounds >= _ROUNDS_AT_LEAST and spent > _WARM_AT_MOST_S:
+                if rounds >= _ROUNDS_AT_LEAST and spent > max(_WARM_AT_MOST_S, options.seconds):
                     for lane in self._going():
                         lane.notes.append(f"Only {rounds} warm runs, as they take long.")
                     return

@@ -68,6 +68,8 @@ def checked(value: object) -> dict[str, Any]:
         document: dict[str, Any] = _DOCUMENT(value, "")
     except Wrong as error:
         raise BadInput(f"not a valid document: {error}") from None
+    if not document["variants"]:
+        raise BadInput("not a valid document: it has no variants")
     names = [variant["name"] for variant in document["variants"]]
     if len(set(names)) < len(names):
         raise BadInput("not a valid document: two variants have the same name")
@@ -195,8 +197,8 @@ _DOCUMENT = record(
         "title": text(),
         "created": text(64),
         "partial": flag,
-        "variants": list_of(_VARIANT, 1000),
-        "not_measured": list_of(record({"what": text(4096), "why": text(4096)}), 10_000),
+        "variants": list_of(_VARIANT, 64),
+        "not_measured": list_of(record({"what": text(300), "why": text(4096)}), 1000),
     },
     {
         "command": text(100_000),

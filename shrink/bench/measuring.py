@@ -27,6 +27,8 @@ __all__ = ["measure"]
 
 # What a browser is fed beside its timed runs; accuracy over a large data set is measured natively.
 _BROWSER_SAMPLES = 32
+# With the original, no more than a document may hold.
+_VARIANTS_AT_MOST = 63
 
 
 def measure(plan: Plan, on_document: OnDocument = lambda document: None, progress: Progress = silent) -> dict[str, Any]:
@@ -49,6 +51,8 @@ def _check(plan: Plan) -> None:
     """Refuse what makes no sense before anything is measured. Raises UsageError."""
     for mode in plan.modes:
         variants.recipe_of(mode)
+    if len(plan.files or plan.modes) > _VARIANTS_AT_MOST:
+        raise UsageError(f"more than {_VARIANTS_AT_MOST} variants")
     if len(set(plan.modes)) < len(plan.modes):
         raise UsageError("a mode is named twice")
     for backend in plan.browser.backends:
@@ -150,7 +154,14 @@ class _Benchmark:
         self.document["variants"].append(entry)
         try:
             backends = self.plan.browser.backends or BACKENDS[:1]
-            measured = size.sizes(variant, self.sites, backends, self.progress, slow=self.plan.slow)
+            measured = size.sizes(
+                variant,
+                self.sites,
+                backends,
+                self.progress,
+                weights_count=self.document["model"]["weights"],
+                slow=self.plan.slow,
+            )
         except MissingDependency:
             raise
         except ShrinkError as error:
@@ -168,7 +179,7 @@ class _Benchmark:
         self.native[variant.name] = outputs
         entry["accuracy"]["native"] = figures = accuracy.compared(reference.outputs, outputs, given.labels)
         if figures["psnr_db"] is not None:
-            name = next(iter(outputs[0]))
+            name = next(iter(reference.outputs[0]))
             entry["pictures"] = drawn(
                 [sample[name] for sample in reference.outputs],
                 [sample[name] for sample in outputs],
@@ -224,6 +235,7 @@ class _Benchmark:
             self.plan.browser,
             lambda cell: self._cell(cell, labels),
             self.progress,
+            on_browser=lambda about: self.document.__setitem__("browser", about),
         )
         self.document["browser"] = measured.browser
         for entry in measured.not_measured:

@@ -69,7 +69,11 @@ def peers(first: Variant, progress: Progress) -> tuple[list[dict[str, Any]], lis
 def sqnr_db(first: Variant, other: Variant) -> float | None:
     """SQNR of a variant's weights of two dimensions or more, as for the peers; None where nothing differs."""
     weights = {t.name: np.asarray(t.array, np.float32) for t in first.network.model.tensors if _counts(t)}
-    return _sqnr_db(weights, {t.name: t.array for t in other.network.model.tensors if t.name in weights})
+    theirs = {t.name: t for t in other.network.model.tensors if t.name in weights and t.shape == weights[t.name].shape}
+    if any(x.ndim > 1 and name not in theirs for name, x in weights.items()):
+        # A graph of its own, whose weights are others.
+        return None
+    return _sqnr_db(weights, {name: t.array for name, t in theirs.items()})
 
 
 def _counts(entry: Entry) -> bool:
@@ -142,10 +146,11 @@ def _webdnn(first: Variant, weights: Weights) -> dict[str, Any]:
 def tensorflowjs_affine(x: F32, bits: int) -> tuple[NDArray[Any], float, float]:
     """TensorFlow.js 4.22's uint8 and uint16, as in its converter's quantization.py: codes, scale, minimum."""
     highest = (1 << bits) - 1
-    smallest, largest = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    scale = (largest - smallest) / highest or 1.0
-    zero = round(-smallest / scale)
-    low, high = -zero * scale, (highest - zero) * scale
+    low, high = float(x.min()), float(x.max())
+    scale = (high - low) / highest or 1.0
+    if low <= 0 <= high:
+        zero = round(-low / scale)
+        low, high = -zero * scale, (highest - zero) * scale
     codes = np.round((np.clip(x, low, high) - low) / scale).astype(np.uint8 if bits == 8 else np.uint16)
     return codes, scale, low
 
@@ -201,7 +206,7 @@ def _onnxruntime(first: Variant, weights: Weights) -> dict[str, Any]:
     found = {
         name: back
         for name, x in weights.items()
-        if (back := _dequantized(slots.get(name, name), x.shape, values)) is not None
+        if (back := _dequantized(slots.get(name, name), x, values)) is not None
     }
     if not found:
         raise ShrinkError("it knows none of the operators that have this network's weights")
@@ -244,17 +249,16 @@ def _no_logging() -> Iterator[None]:
         logging.disable(before)
 
 
-def _dequantized(slot: str, shape: tuple[int, ...], values: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
+def _dequantized(slot: str, weight: F32, values: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
     """What the codes of a weight stand for; None where it was not quantized."""
     parts = [values.get(f"{slot}_{part}") for part in ("quantized", "scale", "zero_point")]
     codes, scale, zero = parts
     if codes is None or scale is None or zero is None:
         return None
     back: NDArray[Any] = (codes.astype(np.float64) - zero) * scale
-    if back.shape == shape:
-        return back
-    # A Gemm that transposes its weight becomes a multiplication that does not.
-    return back.T if back.T.shape == shape else None
+    # A Gemm that transposes its weight becomes a multiplication that does not; of a square one only the values tell.
+    fitting = [x for x in (back, back.T) if x.shape == weight.shape]
+    return min(fitting, key=lambda x: float(np.square(x - weight).sum()), default=None)
 
 
 def _slots(first: Variant) -> dict[str, str]:

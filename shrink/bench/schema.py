@@ -33,11 +33,8 @@ def text(at_most: int = 1024) -> Check:
             raise Wrong(place, "is not text")
         if len(value) > at_most:
             raise Wrong(place, f"has more than {at_most} characters")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise Wrong(place, "is not valid text") from None
-        return value
+        # Half of a character, as the names of files can have: it cannot be written, and must not cost the rest.
+        return value.encode(errors="backslashreplace").decode()
 
     return check
 

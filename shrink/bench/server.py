@@ -102,7 +102,7 @@ async def _requests(
 def _is_enough(runs: int, seconds: float, options: BrowserOptions) -> bool:
     if runs >= options.runs and seconds >= options.seconds:
         return True
-    return runs >= _RUNS_AT_LEAST and seconds > _AT_MOST_S
+    return runs >= _RUNS_AT_LEAST and seconds > max(_AT_MOST_S, options.seconds)
 
 
 def _bytes(values: Any) -> bytes:

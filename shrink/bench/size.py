@@ -52,11 +52,13 @@ def sizes(
     backends: tuple[str, ...],
     progress: Progress,
     *,
+    weights_count: int | None = None,
     slow: bool = False,
 ) -> Sizes:
     """The bytes of a variant, from the very files of its exported pages; without `wire_brotli`, see `under_brotli`.
 
-    `slow` asks for brotli of the runtime as well.
+    `slow` asks for brotli of the runtime as well. `weights_count` is how many weights the original has: a variant with
+    a graph of its own may hold codes, which are no floats.
 
     Raises:
         ShrinkError: it cannot be exported.
@@ -73,7 +75,7 @@ def sizes(
             out.size["wire_gzip"] = gzip(weights, _named(progress, f"{variant.name}: gzip -9"))
             out.size["wire_brotli"] = None
             out.size["graph"] = file_size(graph)
-            out.size["bits_per_weight"] = 8 * file_size(weights) / max(1, weights_of(variant))
+            out.size["bits_per_weight"] = 8 * file_size(weights) / max(1, weights_count or weights_of(variant))
         runtime = [folder / about["runtime"][role] for role in ("api", "module", "wasm")]
         page = sorted({folder / name for name in loaded(folder, about)} - {*runtime, weights, graph})
         progress(f"runtime for {backend}", 0, 1)

@@ -33,7 +33,8 @@ def _decibel(key: str) -> Callable[[_Variant], list[float]]:
 
     def values(variant: _Variant) -> list[float]:
         places = [a for a in (variant["accuracy"] or {}).values() if a and a["psnr_db"]]
-        return [math.inf if a["exact"] else a["psnr_db"][key] for a in places if a["exact"] or _of(a, "psnr_db", key)]
+        found = [math.inf if a["exact"] else a["psnr_db"][key] for a in places]
+        return [value for value in found if value is not None]
 
     return values
 
@@ -84,6 +85,11 @@ METRICS: Mapping[str, Metric] = {
 }
 """What can be bounded, by the names that users write."""
 
+_OF_OUTPUTS = frozenset(METRICS) & {
+    "psnr", "psnr-mean", "ssim", "cosine", "top1-agreement", "top5-agreement", "top1-accuracy", "relative-error",
+    "max-error", "perplexity",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -111,18 +117,25 @@ def bound(text: str, *, at_most: bool) -> Bound:
     return Bound(name, limit, at_most)
 
 
-def evaluated(document: Mapping[str, Any], bounds: Iterable[Bound]) -> list[dict[str, Any]]:
+def evaluated(document: Mapping[str, Any], bounds: Sequence[Bound], asked: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The `checks` of a checked document: each bound with each variant but the original, by its worst number.
 
-    What was not measured keeps no bound: a gate must not open because the browser is missing.
+    What was not measured keeps no bound: a gate must not open because the browser is missing, or because a variant
+    that was `asked` for could not be made.
     """
     variants = [v for v in document["variants"] if v["name"] != ORIGINAL]
-    return [_checked(variant, each) for each in bounds for variant in variants]
+    found = [_checked(variant, each) for each in bounds for variant in variants]
+    absent = [name for name in asked if name not in {v["name"] for v in variants}]
+    lost = {"value": None, "met": False, "why": "it could not be made"}
+    return found + [{"check": str(each), "variant": name, **lost} for each in bounds for name in absent]
 
 
 def _checked(variant: _Variant, bound: Bound) -> dict[str, Any]:
     values = METRICS[bound.metric].values(variant)
+    problem = next((a["problem"] for a in (variant["accuracy"] or {}).values() if a and a["problem"]), None)
     check = {"check": str(bound), "variant": variant["name"], "value": None, "met": False, "why": None}
+    if problem and bound.metric in _OF_OUTPUTS:
+        return check | {"why": problem}
     if not values:
         return check | {"why": "not measured"}
     worst = max(values) if bound.at_most else min(values)

@@ -76,7 +76,7 @@ def sizes(document: Document) -> Table:
         ("Variant", False),
         ("Bits per weight", True),
         ("File", True),
-        ("Weights, raw", True),
+        ("Weights, as stored", True),
         ("Weights, gzip -9", True),
         ("Weights, brotli 11", True),
         ("First visit, WebAssembly", True),
@@ -144,13 +144,16 @@ def peers(document: Document) -> Table | None:
             rows.append(_encoder(peer["name"], peer["bytes"], peer["gzip"], peer["sqnr_db"], note, base))
     columns = [
         ("Encoder", False),
-        ("Weights, raw", True),
+        ("Weights, as stored", True),
         ("Weights, gzip -9", True),
         ("Times smaller", True),
         ("SQNR of the weights", True),
         ("Note", False),
     ]
-    caption = "The same weights by the encoders of others. Times smaller compares the smaller of raw and gzip."
+    caption = (
+        "The same weights by the encoders of others. Those of shrink are stored packed, the original too; times "
+        "smaller compares the smaller of stored and gzip."
+    )
     return _table("peers", caption, columns, rows)
 
 

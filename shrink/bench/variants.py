@@ -137,7 +137,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     names: list[str] = []
     for path in paths:
         suffix = path.suffix if path.suffix != ".json" else ""
-        name = stem = path.name.removesuffix(suffix) or path.resolve().name
+        name = stem = printable(path.name.removesuffix(suffix) or path.resolve().name, at_most=150)
         number = 1
         while name in (ORIGINAL, *names):
             number += 1
