@@ -25,7 +25,7 @@ from benchmarks import nncodec, subjects
 from benchmarks.subjects import Subject
 from benchmarks.tables import Table, published
 from shrink import given
-from shrink.bench.peers import peers
+from shrink.bench.peers import peers, weights_sqnr_db
 from shrink.bench.plan import Variant
 from shrink.errors import ShrinkError
 from shrink.export import Network
@@ -88,7 +88,7 @@ def _measured(subject: Subject, path: Path) -> list[dict[str, Any]]:
             out = Path(folder) / "out.safetensors"
             shrink.save(shrink.quantize(model, mode), out)
             decoded = {t.name: t.array for t in safetensors.read(out).tensors}
-            rows.append(row(f"shrink {mode}", out.stat().st_size, _sqnr_db(arrays, decoded)))
+            rows.append(row(f"shrink {mode}", out.stat().st_size, weights_sqnr_db(arrays, decoded)))
     for peer in _peers(subject, model, path):
         if peer["bytes"] is None:
             rows.append({"mode": peer["name"], "not_measured": peer["note"]})
@@ -101,15 +101,8 @@ def _measured(subject: Subject, path: Path) -> list[dict[str, Any]]:
         except ShrinkError as error:
             rows.append({"mode": name, "not_measured": f"not measured: {error}"})
         else:
-            rows.append(row(name, made.size_bytes, _sqnr_db(arrays, made.decoded)))
+            rows.append(row(name, made.size_bytes, weights_sqnr_db(arrays, made.decoded)))
     return rows
-
-
-def _sqnr_db(arrays: Weights, decoded: Weights) -> float | None:
-    weights = {name: x for name, x in arrays.items() if x.ndim > 1}
-    signal = sum(float(np.square(x, dtype=np.float64).sum()) for x in weights.values())
-    noise = sum(float(np.square(x - decoded[n].astype(np.float64)).sum()) for n, x in weights.items())
-    return 10 * float(np.log10(signal / noise)) if noise else None
 
 
 def _peers(subject: Subject, model: Model, path: Path) -> list[dict[str, Any]]:

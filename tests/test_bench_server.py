@@ -52,7 +52,14 @@ def test_requests_are_timed_until_the_picture_is_there() -> None:
     for feeds in asked:
         assert feeds.keys() == SAMPLE.keys()
         assert all(np.array_equal(feeds[name], SAMPLE[name]) for name in SAMPLE)
-    document = {"shrink_bench": 1, "title": "", "created": "", "partial": False, "variants": [{"name": "float32"}], "not_measured": []}
+    document = {
+        "shrink_bench": 1,
+        "title": "",
+        "created": "",
+        "partial": False,
+        "variants": [{"name": "float32"}],
+        "not_measured": [],
+    }
     assert checked(document | {"server": found})["server"] == found
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "tensorflowjs_float16",
     "webdnn_decode",
     "webdnn_encoder",
+    "weights_sqnr_db",
 ]
 
 F32 = NDArray[np.float32]
@@ -73,14 +74,14 @@ def sqnr_db(first: Variant, other: Variant) -> float | None:
     if any(x.ndim > 1 and name not in theirs for name, x in weights.items()):
         # A graph of its own, whose weights are others.
         return None
-    return _sqnr_db(weights, {name: t.array for name, t in theirs.items()})
+    return weights_sqnr_db(weights, {name: t.array for name, t in theirs.items()})
 
 
 def _counts(entry: Entry) -> bool:
     return entry.dtype.kind == "f" and entry.size > 0
 
 
-def _sqnr_db(weights: Weights, decoded: Mapping[str, NDArray[Any]]) -> float | None:
+def weights_sqnr_db(weights: Weights, decoded: Mapping[str, NDArray[Any]]) -> float | None:
     """Over all weights of two dimensions or more; None where nothing differs or there are none."""
     signal = noise = 0.0
     for name, x in weights.items():
@@ -137,7 +138,7 @@ def _webdnn(first: Variant, weights: Weights) -> dict[str, Any]:
     encoded = {name: encode(x) for name, x in weights.items() if np.any(x)}
     decoded = {name: webdnn_decode(data, EIGHTBIT_TABLE).reshape(weights[name].shape) for name, data in encoded.items()}
     note = "WebDNN 1.2.11's own encoder, zlib included"
-    return {"bytes": sum(map(len, encoded.values())), "sqnr_db": _sqnr_db(weights, decoded), "note": note}
+    return {"bytes": sum(map(len, encoded.values())), "sqnr_db": weights_sqnr_db(weights, decoded), "note": note}
 
 
 # TensorFlow.js
@@ -184,7 +185,7 @@ def _plain(stored: list[NDArray[Any]], weights: Weights, decoded: Mapping[str, N
     return {
         "bytes": sum(x.nbytes for x in stored),
         "gzip": packed,
-        "sqnr_db": _sqnr_db(weights, decoded),
+        "sqnr_db": weights_sqnr_db(weights, decoded),
         "note": f"{_TENSORFLOWJS}; its weight shards, as they are and under gzip -9",
     }
 
@@ -212,7 +213,7 @@ def _onnxruntime(first: Variant, weights: Weights) -> dict[str, Any]:
         raise ShrinkError("it knows none of the operators that have this network's weights")
     count = sum(x.ndim > 1 for x in weights.values())
     note = f"ONNX Runtime {version}'s own quantize_dynamic, {len(found)} of {count} weights; the whole .onnx file"
-    return {"bytes": size, "gzip": packed, "sqnr_db": _sqnr_db(weights, {**weights, **found}), "note": note}
+    return {"bytes": size, "gzip": packed, "sqnr_db": weights_sqnr_db(weights, {**weights, **found}), "note": note}
 
 
 def _dynamic_int8(whole: Path, small: Path) -> tuple[str, dict[str, NDArray[Any]]]:
