@@ -35,6 +35,7 @@ LAYERS = (
     ("export",),
     ("site",),
     ("given",),
+    ("calibrate",),
     ("bench",),
     ("__init__",),
     ("cli_bench", "cli_export", "cli_split"),
@@ -51,9 +52,11 @@ HEAVY = (
     "jinja2",
     "onnx",
     "onnxruntime",
+    "PIL",
     "playwright",
     "scipy",
     "torch",
+    "wasmtime",
     "webdnn",
 )
 # Modules that may import one of them at the top: nothing loads these before a file asks for them.
@@ -65,6 +68,7 @@ IMPORT_NAMES = {
     "flask": {"flask", "werkzeug"},
     "jinja2": {"jinja2", "markupsafe"},
     "onnx": {"onnx", "google"},
+    "pillow": {"PIL"},
 }
 
 LINES_AT_MOST = 500
