@@ -18,7 +18,8 @@ from click.core import ParameterSource
 from tabulate import tabulate
 
 from shrink import formats, given
-from shrink.bench import BACKENDS, MODES, NETWORKS, BrowserOptions, Inputs, Plan, document, measure, summary
+from shrink.bench import BACKENDS, MODES, NETWORKS, BrowserOptions, Inputs, Plan, document, measure, summary, wording
+from shrink.bench.document import RUNS_AT_MOST
 from shrink.errors import MissingDependency, OutputError, ShrinkError, UsageError, printable
 from shrink.files import atomic_file, io_errors
 from shrink.networks import chainer
@@ -36,6 +37,9 @@ _file = click.Path(path_type=Path)
 
 _GATE_CLOSED = 4
 _REASONS_SHOWN = 8
+_WORDS_AT_MOST = 1000
+# What a document that is only a part says of the other.
+_REST, _INTERRUPTED = "the rest", "interrupted"
 # Who made a page stands in its head.
 _HEAD_BYTES = 1 << 16
 
@@ -55,7 +59,9 @@ _HEAD_BYTES = 1 << 16
 )
 @click.option("--network", metavar="|".join(NETWORKS), help="Hold the downloads to this.  [default: not throttled]")
 @click.option("--server", is_flag=True, help="Also the same network behind a server on this machine.")
-@click.option("--runs", type=click.IntRange(1), default=30, show_default=True, help="Warm runs of each, at least.")
+@click.option(
+    "--runs", type=click.IntRange(1, RUNS_AT_MOST), default=30, show_default=True, help="Warm runs of each, at least."
+)
 @click.option(
     "--seconds", type=click.FloatRange(0, 3600), default=10.0, show_default=True, help="Of warm runs, at least."
 )
@@ -97,7 +103,8 @@ def bench_command(
     --weights and --input, which is run. The variants are made by --modes, or are the files that you name.
 
     Writes a report, one HTML file, and the numbers beside it as .json. Ctrl-C keeps what has been measured. What
-    --fail-under and --fail-over can name, --json prints.
+    --fail-under and --fail-over can name, --json prints. The peak of PSNR and SSIM is 1 where the original's values
+    are from 0 to 1, 2 where they are from -1 to 1, 255 where they are bytes, and else the range that they have.
 
     \b
     Example:
@@ -132,12 +139,10 @@ def bench_command(
     try:
         with _estimates() as progress:
             found = measure(plan, lambda so_far: measured.__setitem__(slice(None), [so_far]), progress)
-    except ShrinkError:
-        raise
-    except BaseException:
-        # Ctrl-C, or the machine gives up half-way: minutes of measuring are not thrown away.
+    except BaseException as error:
+        # Ctrl-C, or something gives up half-way: minutes of measuring are not thrown away.
         for part in measured:
-            _finish(document.checked(part), notes, page, numbers, as_json)
+            _keep(part, error, notes, page, numbers, as_json)
         raise
     found = document.checked(found)
     found["checks"] = summary.evaluated(found, bounds, () if variants else plan.modes)
@@ -266,6 +271,17 @@ def _finish(found: Document, notes: Sequence[str], page: Path, numbers: Path, as
     _show(found, notes, page, numbers, as_json)
 
 
+def _keep(part: Document, error: BaseException, notes: Sequence[str], page: Path, numbers: Path, as_json: bool) -> None:
+    """Write what had been measured when `error` came, which is the one that the user must hear of in the end."""
+    why = str(error) if isinstance(error, ShrinkError) else _INTERRUPTED
+    rest = {"what": _REST, "why": printable(why, at_most=_WORDS_AT_MOST)}
+    try:
+        found = document.checked({**part, "not_measured": [*part["not_measured"], rest]})
+        _finish(found, notes, page, numbers, as_json)
+    except ShrinkError as another:
+        click.echo(f"shrink: error: what had been measured is lost: {another}", err=True)
+
+
 def _write_page(found: Document, page: Path) -> None:
     from shrink.bench import report
 
@@ -301,6 +317,7 @@ def _show(found: Document, notes: Sequence[str], page: Path, numbers: Path, as_j
     result = {
         "report": str(page),
         "data": str(numbers),
+        "psnr_peak": wording.peak(found),
         "partial": found["partial"],
         "variants": [
             {"name": variant["name"], "verdict": verdicts.get(variant["name"]), **_metrics(variant)}
@@ -313,10 +330,11 @@ def _show(found: Document, notes: Sequence[str], page: Path, numbers: Path, as_j
     align = ["left", *("right" for _ in headers[1:])]
     table = tabulate(rows, headers, colalign=align, disable_numparse=True).splitlines() if rows else []
     lines = [
-        *(["Interrupted: this is what had been measured.", ""] if found["partial"] else []),
+        *([f"{_stopped(found)}: this is what had been measured.", ""] if found["partial"] else []),
         *table,
         "",
         *verdicts.values(),
+        *_peak(found),
         *_adapter(found),
         *notes,
         *_missing(found["not_measured"] or []),
@@ -341,6 +359,17 @@ def _metrics(variant: Mapping[str, Any]) -> dict[str, float | None]:
         worst = (min(values) if metric.more_is_better else max(values)) if values else math.inf
         out[name] = worst if math.isfinite(worst) else None
     return out
+
+
+def _stopped(found: Document) -> str:
+    """Why the document is only a part of one: by Ctrl-C, or by an error, which stands among what is not measured."""
+    why = next((entry["why"] for entry in found["not_measured"] if entry["what"] == _REST), _INTERRUPTED)
+    return "Interrupted" if why == _INTERRUPTED else "Stopped by an error"
+
+
+def _peak(found: Document) -> list[str]:
+    peak = wording.peak(found)
+    return [] if peak is None else [f"PSNR and SSIM: the peak is {peak:.4g}."]
 
 
 def _adapter(found: Document) -> list[str]:

@@ -9,7 +9,7 @@ from shrink.errors import UsageError, printable
 from shrink.export import Network
 from shrink.networks import chainer
 
-__all__ = ["network"]
+__all__ = ["network", "network_of"]
 
 
 def network(model: str, weights: Path | None, inputs: tuple[str, ...]) -> tuple[Network, list[str]]:
@@ -46,6 +46,29 @@ def network(model: str, weights: Path | None, inputs: tuple[str, ...]) -> tuple[
     graph, max_error = chainer.to_onnx(chain, shapes, snapshot)
     name = printable(model.rpartition(".py:")[2].partition("(")[0])
     return Network(name, graph, shapes, chain), [f"As ONNX it differs from Chainer by at most {max_error:.3g}."]
+
+
+def network_of(model: Path, spec: str | None, inputs: tuple[str, ...]) -> tuple[Network, list[str]]:
+    """The network that a file of weights belongs to: itself where it has a graph, else the Chainer network `spec`,
+    whose inputs are guessed where none are given.
+
+    Raises: as `network`.
+    """
+    if spec is None:
+        return network(str(model), None, inputs)
+    if not chainer.is_network(spec):
+        raise UsageError(f"{printable(spec)} does not name a network", hint="FILE.py:NAME or FILE.py:NAME(100)")
+    if inputs:
+        return network(spec, model, inputs)
+    snapshot = formats.sniff(model).read(model)
+    shape = chainer.guessed_input(chainer.load(spec, snapshot))
+    if shape is None:
+        raise UsageError(
+            "what the network takes cannot be told from it", file=spec, hint="say it with --input 1,3,64,64"
+        )
+    text = ",".join(map(str, shape))
+    found, notes = network(spec, model, (text,))
+    return found, [*notes, f"It was run on inputs of {text}: say --input if it is used on others."]
 
 
 def _title(model: Path) -> str:

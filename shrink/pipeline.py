@@ -210,13 +210,15 @@ def _quantized(tensor: Entry, decision: Decision) -> tuple[Entry, Change]:
 
 
 def stored_as(entry: Entry) -> str:
-    """What a format must hold to take this tensor: "float32", "float16", "eightbit", "int8" or "int4"."""
+    """What a format must hold to take this tensor: "float32", "float16", "eightbit", "int8", "int4" or "calibrated"."""
     if entry.dtype == DTYPES["F16"]:
         return "float16"
     if isinstance(entry, Quantized):
         step = entry.steps[-1]
         if step.name == "codebook.1" and step.params.get("table") == "eightbit":
             return "eightbit"
+        if step.name == "grid.1":
+            return "calibrated"
         if step.name == "affine.1":
             return f"int{step.params.get('bits')}"
         if step.name == "cast.1" and step.params.get("from") == "F16":

@@ -8,10 +8,15 @@ bit for bit. A chain is zero or more byte steps (bytes -> bytes) and then one va
     planes.1    {"width", "skip"}               skip bytes as they are, then byte planes: all first bytes of the
                                                 items, all second bytes …; with wide items, a transposed matrix
     sparse.1    {"width", "count", "skip"}      skip bytes as they are, one mask bit per item, the items not zero
+    rans.1      {"rows", "columns", "head", "width"}
+                                                head bytes and rows · columns codes of width bytes, entropy-coded:
+                                                shrink/entropy.py has the format
     cast.1      {"from": dtype}                 little-endian values of that dtype, cast to the tensor's
     codebook.1  {"table", "scale"}              one byte per value: table[code] · scale, rounded once to float32
     affine.1    {"bits", "axis", "block", "scale", "zero"}
                                                 (code − zero) · scale, a scale and zero per channel or block
+    grid.1      {"scale", "view", "rows", "width"}
+                                                code · column · row of a matrix, steps in half octaves: `_grid`
 
 Every number in a chain may come from a hostile file: nothing is allocated before it is checked.
 """
@@ -28,9 +33,10 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from shrink import entropy
 from shrink.errors import BadInput
 
-__all__ = ["DTYPES", "EIGHTBIT_TABLE", "TABLES", "Step", "decode", "decode_bytes", "from_bfloat16", "groups"]
+__all__ = ["DTYPES", "EIGHTBIT_TABLE", "TABLES", "Step", "decode", "decode_bytes", "from_bfloat16", "groups", "matrix"]
 
 Bytes = NDArray[np.uint8]
 Array = NDArray[Any]
@@ -57,6 +63,8 @@ _BELIEVED_BYTES = 1 << 26
 _BELIEVED_RATIO = 4096
 _WIDEST_ITEM = 1 << 24
 _LARGEST_NUMBER = 1e300
+_AXES_AT_MOST = 16
+_LARGEST_DIMENSION = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -176,6 +184,25 @@ class _Params:
     def take(self, key: str) -> Any:
         return self.left.pop(key, None)
 
+    def dimensions(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Other dimensions for as many values, `shape` itself where there are none."""
+        view = self.left.pop(key, None)
+        if view is None:
+            view = list(shape)
+        whole = isinstance(view, list) and all(type(n) is int and 0 <= n <= _LARGEST_DIMENSION for n in view)
+        if not whole or len(view) > _AXES_AT_MOST or math.prod(view) != math.prod(shape):
+            raise self.bad(f"{key} is not at most {_AXES_AT_MOST} dimensions of as many values")
+        return tuple(view)
+
+    def axes(self, key: str, count: int) -> tuple[int, ...]:
+        """Some of `count` axes, in any order."""
+        axes = self.left.pop(key, None)
+        if not isinstance(axes, list) or not all(type(a) is int and 0 <= a < count for a in axes):
+            raise self.bad(f"{key} are not axes of the {count}")
+        if len(set(axes)) != len(axes):
+            raise self.bad(f"{key} has an axis twice")
+        return tuple(axes)
+
     def done(self) -> None:
         if self.left:
             raise self.bad(f"unknown parameter {sorted(self.left)[0]!r}")
@@ -246,6 +273,18 @@ def _sparse(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
     out[:skip] = data[:skip]
     out[skip:].reshape(count, width)[mask] = items.reshape(present, width)
     return out
+
+
+def _rans(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
+    rows, columns, head = (params.integer(key, 0, most) for key in ("rows", "columns", "head"))
+    layout = entropy.Layout(rows, columns, head, params.integer("width", 1, 2))
+    params.done()
+    if layout.size > most:
+        raise params.bad("it gives more bytes than the tensor holds")
+    try:
+        return entropy.decode(data, layout)
+    except entropy.Damaged as damage:
+        raise params.bad(str(damage)) from None
 
 
 def _cast(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Array:
@@ -334,14 +373,62 @@ def _affine(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> 
     return np.moveaxis(offsets.reshape(moved), 0, axis)
 
 
+def matrix(view: Sequence[int], axes: Sequence[int]) -> tuple[int, int]:
+    """How grid.1 sees a tensor with the dimensions `view`: (rows, columns), where `axes` are those of the rows."""
+    others = (n for axis, n in enumerate(view) if axis not in axes)
+    return math.prod(view[axis] for axis in axes), math.prod(others)
+
+
+def _half_octaves(exponents: Bytes) -> NDArray[np.float64]:
+    """2^(k/2) of each exponent k, in float64: 1 or √2 times a power of two."""
+    k = exponents.view(np.int8).astype(np.int32)
+    powers: NDArray[np.float64] = np.ldexp(np.where(k & 1, 1.4142135623730951, 1.0), k >> 1)
+    return powers
+
+
+def _grid(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Array:
+    """Codes of a matrix whose rows and columns have steps of half octaves.
+
+    The data are an exponent per row and per column, one signed byte each, then the codes. The tensor, seen with the
+    dimensions `view`, has the axes `rows`, in this order, as the matrix's rows and the others, in order, as its
+    columns. Column j is worth f32(2^(exponent / 2)), row i f32(scale · 2^(exponent / 2)), a value
+    f32(f32(code · column) · row).
+    """
+    scale = params.number("scale")
+    width = params.choice("width", (1, 2))
+    view = params.dimensions("view", shape)
+    axes = params.axes("rows", len(view))
+    params.done()
+    if scale <= 0:
+        raise params.bad("scale is not above 0")
+    rows, columns = matrix(view, axes)
+    size = rows + columns + rows * columns * width
+    if data.size != size:
+        raise params.bad(f"{data.size} bytes are there where {size} belong")
+    codes = np.frombuffer(data[rows + columns :].tobytes(), f"<i{width}").reshape(rows, columns)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        row = (scale * _half_octaves(data[:rows])).astype(np.float32)
+        values = codes.astype(np.float32)
+        values *= _half_octaves(data[rows : rows + columns]).astype(np.float32)
+        values *= row[:, None]
+    if not np.isfinite(values).all():
+        raise params.bad("the scale is too large for float32")
+    order = (*axes, *(axis for axis in range(len(view)) if axis not in axes))
+    back = tuple(order.index(axis) for axis in range(len(view)))
+    out: Array = values.reshape([view[axis] for axis in order]).transpose(back).reshape(shape)
+    return out
+
+
 _BYTE_STEPS: dict[str, Callable[[Bytes, _Params, int, str], Bytes]] = {
     "zstd.1": _zstd,
     "deflate.1": _deflate,
     "planes.1": _planes,
     "sparse.1": _sparse,
+    "rans.1": _rans,
 }
 _VALUE_STEPS: dict[str, Callable[[Bytes, _Params, tuple[int, ...], str], Array]] = {
     "cast.1": _cast,
     "codebook.1": _codebook,
     "affine.1": _affine,
+    "grid.1": _grid,
 }

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # stands on its own line or above.
 LAYERS = (
     ("errors",),
+    ("metrics", "wasm"),
+    ("entropy",),
     ("steps", "files", "progress", "registry"),
     ("model", "serve", "terminal"),
     ("coders",),
@@ -38,7 +40,8 @@ LAYERS = (
     ("calibrate",),
     ("bench",),
     ("__init__",),
-    ("cli_bench", "cli_export", "cli_split"),
+    ("cli_calibrate", "cli_shared"),
+    ("cli_bench", "cli_curve", "cli_export", "cli_quantize", "cli_split"),
     ("cli",),
     ("__main__",),
 )

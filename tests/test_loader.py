@@ -442,6 +442,24 @@ def test_a_missing_codec_is_named(loader: Loader, file: bytes, tmp_path: Path) -
     assert_holds(page.load(site.put(whole(file))), file, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["rans.js", "rans.wasm"])
+def test_what_few_files_need_and_is_missing_is_named(loader: Loader, file: bytes, tmp_path: Path, name: str) -> None:
+    site: Site = loader.site
+    grid = Step("grid.1", {"scale": 1.0, "view": None, "rows": [0], "width": 1})
+    entry = Quantized.of("W", np.dtype("f4"), (1, 3), (grid,), bytes(4) + b"abc")
+    few = container(tmp_path, [entry], graph=b"graph")
+    site.put(status(404), name=f"/web/{name}")
+    try:
+        page = loader.fresh_page()
+        error = page.load(site.put(whole(few)))["error"]
+        assert error["code"] in ("network", "http")
+        assert name in error["message"]
+        assert_holds(page.load(site.put(whole(file))), file, tmp_path)
+    finally:
+        del site.scripts[f"/web/{name}"]
+    assert_holds(loader.fresh_page().load(site.put(whole(few))), few, tmp_path)
+
+
 def test_many_at_once(loader: Loader, file: bytes, other: bytes, tmp_path: Path) -> None:
     paths = [loader.site.put(whole(file if i % 2 else other)) for i in range(6)]
     results = loader.page.evaluate("paths => Promise.all(paths.map(path => attempt(path, { cache: true })))", paths)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import shrink
+from shrink.coders import rans
 from shrink.errors import BadInput
 from shrink.model import DTYPES, Model, Quantized, Source, Tensor
-from shrink.steps import Step, decode, groups
+from shrink.steps import Step, decode, groups, matrix
 from tests import test_steps
 from tests.faulty_server import whole
 from tests.samples import safetensors as sample
@@ -25,6 +26,7 @@ from tests.web import WEB, Loader, build, container, in_python, loader_in_chromi
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "steps").glob("*.json"))
 SIZE_BUDGET = 40_000
+LATER_BUDGET = 10_000
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_the_modes_of_this_test_are_all_modes_and_use_all_steps(tmp_path: Path) 
                 if isinstance(entry, Quantized):
                     used |= {step.name for step in entry.steps}
                     zeros |= {step.params["zero"] for step in entry.steps if step.name == "affine.1"}
-    assert used == {*steps._BYTE_STEPS, *steps._VALUE_STEPS}
+    assert used == {*steps._BYTE_STEPS, *steps._VALUE_STEPS} - {"rans.1", "grid.1"}
     assert zeros == {True, False}
 
 
@@ -148,7 +150,9 @@ def test_real_models(loader: Loader, tmp_path: Path, shared_models: Path, name: 
 def random_values(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[Step, bytes]:
     """A value step with bytes that fit it."""
     size = int(np.prod(shape))
-    kind = rng.choice(["affine.1", "codebook.1", "cast.1"])
+    kind = rng.choice(["affine.1", "codebook.1", "cast.1", "grid.1"])
+    if kind == "grid.1":
+        return random_grid(rng, shape)
     if kind == "affine.1":
         axis = int(rng.integers(len(shape))) if rng.random() < 0.7 else None
         block = int(rng.integers(1, 40)) if rng.random() < 0.6 else None
@@ -165,6 +169,36 @@ def random_values(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[Ste
         return Step(kind, {"table": table, "scale": float(rng.lognormal())}), rng.bytes(size)
     source = str(rng.choice(["F32", "F16", "I8", "U16", "F64"]))
     return Step(kind, {"from": source}), rng.integers(-100, 100, size).astype(DTYPES[source]).tobytes()
+
+
+def random_grid(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[Step, bytes]:
+    """Any axes as rows, in any order, now and then of a tensor that is seen in other dimensions."""
+    size = int(np.prod(shape))
+    first = int(rng.integers(1, 4))
+    view = [first, size // first] if size % first == 0 and rng.random() < 0.7 else None
+    dimensions = list(shape) if view is None else view
+    axes = rng.permutation(len(dimensions))[: rng.integers(len(dimensions) + 1)].tolist()
+    rows, columns = matrix(dimensions, axes)
+    width = int(rng.choice([1, 2]))
+    exponents = rng.integers(-60, 60, rows + columns).astype("i1").tobytes()
+    params = {"scale": float(rng.lognormal()), "view": view, "rows": axes, "width": width}
+    return Step("grid.1", params), exponents + rng.bytes(size * width)
+
+
+def random_entropy(rng: np.random.Generator, data: bytes) -> tuple[list[Step], bytes]:
+    """The bytes as codes behind a head; mostly of many small ones, as real codes are. Some payloads are damaged."""
+    head = int(rng.integers(0, min(len(data), 40) + 1))
+    rest = len(data) - head
+    width = 2 if rest % 2 == 0 and rng.random() < 0.3 else 1
+    count = rest // width
+    rows = int(rng.choice([n for n in range(1, 20) if count % n == 0]))
+    codes = np.frombuffer(data[head:], f"<i{width}").reshape(rows, -1).astype(np.int16)
+    payload, params = rans.encode(data[:head], codes, effort=int(rng.integers(3)))
+    if rng.random() < 0.1:
+        damaged = bytearray(payload)
+        damaged[int(rng.integers(len(damaged)))] ^= 1 << int(rng.integers(8))
+        payload = bytes(damaged)
+    return [Step("rans.1", {**params, "width": width})], payload
 
 
 def random_packing(rng: np.random.Generator, data: bytes) -> tuple[list[Step], bytes]:
@@ -190,7 +224,7 @@ def random_entries(seed: int, count: int) -> Iterator[Quantized]:
         low = 0 if rng.random() < 0.1 else 1
         shape = tuple(int(n) for n in rng.integers(low, 12, rng.integers(1, 5)))
         value_step, data = random_values(rng, shape)
-        steps, packed = random_packing(rng, data)
+        steps, packed = (random_entropy if rng.random() < 0.4 else random_packing)(rng, data)
         yield Quantized.of(f"t{number}", DTYPES["F32"], shape, (*steps, value_step), packed)
 
 
@@ -206,7 +240,7 @@ def test_any_chain(loader: Loader, tmp_path: Path) -> None:
     assert len(good) > 300
     assert len(bad) > 20
     names = {s.name for e in good for s in e.steps}
-    assert names == {"planes.1", "sparse.1", "cast.1", "codebook.1", "affine.1"}
+    assert names == {"planes.1", "sparse.1", "cast.1", "codebook.1", "affine.1", "rans.1", "grid.1"}
     assert_bit_equal(loader, tmp_path, container(tmp_path, good))
     for entry in bad:
         assert loader.fails(loader.site.put(whole(container(tmp_path, [entry])))) == "corrupt"
@@ -282,14 +316,22 @@ def test_the_size_budget() -> None:
     assert sum(sizes.values()) < SIZE_BUDGET, sizes
 
 
+def test_what_few_files_need_comes_later() -> None:
+    """rans.js and rans.wasm are in nobody's way who has no such file, and small for those who have."""
+    later = modules_of("rans.js") - modules_of("loader.js")
+    assert later == {"rans.js", "rans.wasm"}
+    sizes = {name: len(gzip.compress((WEB / name).read_bytes(), 9)) for name in later}
+    assert sum(sizes.values()) < LATER_BUDGET, sizes
+
+
 def test_the_guide_names_all_files() -> None:
     guide = (WEB / "GUIDE.md").read_text()
-    assert {name for name in modules_of("loader.js") if f"`{name}`" not in guide} == set()
+    assert {name for name in modules_of("loader.js") | modules_of("rans.js") if f"`{name}`" not in guide} == set()
 
 
 def test_generated_files_are_up_to_date() -> None:
     """They stem from sources that may have changed since `python -m tests.web.build`."""
     assert (WEB / "eightbit.js").read_text() == build.eightbit_js()
-    wasm = (WEB / "codec.wasm").read_bytes()
-    assert wasm.endswith(build.stamp()), "codec.wasm was made from other sources"
+    for module in build.MODULES:
+        assert module.path.read_bytes().endswith(build.stamp(module)), f"{module.path.name} was made from other sources"
     assert (WEB / "zstd.LICENSE").read_text().startswith("BSD License")

@@ -17,7 +17,7 @@ from shrink.model import DTYPES
 from shrink.steps import EIGHTBIT_TABLE, Step, decode
 
 GOLDEN = Path(__file__).parent / "golden" / "steps"
-STEPS = ["zstd.1", "deflate.1", "planes.1", "sparse.1", "cast.1", "codebook.1", "affine.1"]
+STEPS = ["zstd.1", "deflate.1", "planes.1", "sparse.1", "rans.1", "cast.1", "codebook.1", "affine.1", "grid.1"]
 
 
 def chain(spec: list[list[Any]]) -> tuple[Step, ...]:
@@ -54,8 +54,12 @@ def test_the_eightbit_table_is_symmetric_and_ascending() -> None:
 
 
 AFFINE = {"bits": 8, "axis": None, "block": None, "scale": "F32", "zero": False}
+GRID = {"scale": 1.0, "view": None, "rows": [0], "width": 1}
+RANS = {"rows": 1, "columns": 3, "head": 0, "width": 1}
+CODES = ["cast.1", {"from": "I8"}]
 ONE = np.float32(1).tobytes()
 ZLIB_OF_ABC = zlib.compress(b"abc")
+RANS_OF_ABC = bytes.fromhex("03ff4fec00000100804108")
 ZSTD_OF_ABC = bytes.fromhex("28b52ffd2003190000616263")
 ZSTD_CHECKED = zstandard.ZstdCompressor(write_checksum=True).compress(b"abc")
 
@@ -142,6 +146,35 @@ ZSTD_CHECKED = zstandard.ZstdCompressor(write_checksum=True).compress(b"abc")
         ("affine scale NaN", [["affine.1", AFFINE]], np.float32("nan").tobytes() + b"a", (1,), "finite"),
         ("affine scale large", [["affine.1", AFFINE]], np.float32(3e38).tobytes() + b"\x7f", (1,), "too large"),
         ("nibbles past end", [["affine.1", {**AFFINE, "bits": 4}]], ONE + b"\x11", (1,), "past the end"),
+        ("rans nothing", [["rans.1", RANS], CODES], b"", (3,), "header is damaged"),
+        ("rans noise", [["rans.1", RANS], CODES], bytes(range(60)), (3,), "damaged"),
+        ("rans cut", [["rans.1", RANS], CODES], RANS_OF_ABC[:-1], (3,), "chunk 0 is damaged"),
+        ("rans and more", [["rans.1", RANS], CODES], RANS_OF_ABC + b"!", (3,), "chunk 0 is damaged"),
+        ("rans wider", [["rans.1", {**RANS, "width": 3}], CODES], RANS_OF_ABC, (3,), "width"),
+        ("rans bomb", [["rans.1", {**RANS, "rows": 60000}], CODES], RANS_OF_ABC, (3,), "more bytes"),
+        ("rans huge", [["rans.1", {**RANS, "rows": 1 << 40}], CODES], RANS_OF_ABC, (3,), "rows"),
+        ("rans rows true", [["rans.1", {**RANS, "rows": True}], CODES], RANS_OF_ABC, (3,), "rows"),
+        ("rans head below 0", [["rans.1", {**RANS, "head": -1}], CODES], RANS_OF_ABC, (3,), "head"),
+        ("rans version", [["rans.1", {**RANS, "version": 2}], CODES], RANS_OF_ABC, (3,), "unknown parameter"),
+        ("grid too short", [["grid.1", GRID]], bytes(6), (2, 2), "6 bytes are there where 8"),
+        ("grid scale 0", [["grid.1", {**GRID, "scale": 0}]], bytes(8), (2, 2), "above 0"),
+        ("grid scale below 0", [["grid.1", {**GRID, "scale": -1.0}]], bytes(8), (2, 2), "above 0"),
+        ("grid scale NaN", [["grid.1", {**GRID, "scale": float("nan")}]], bytes(8), (2, 2), "finite"),
+        ("grid scale large", [["grid.1", {**GRID, "scale": 1e39}]], bytes(8), (2, 2), "too large"),
+        ("grid value large", [["grid.1", {**GRID, "scale": 1e20}]], b"\x7f" * 8, (2, 2), "too large"),
+        ("grid width", [["grid.1", {**GRID, "width": 4}]], bytes(20), (2, 2), "width"),
+        ("grid width true", [["grid.1", {**GRID, "width": True}]], bytes(8), (2, 2), "width"),
+        ("grid view", [["grid.1", {**GRID, "view": [3, 2]}]], bytes(11), (2, 2), "view"),
+        ("grid view text", [["grid.1", {**GRID, "view": "4"}]], bytes(9), (2, 2), "view"),
+        ("grid view part", [["grid.1", {**GRID, "view": [0.5, 8]}]], bytes(13), (2, 2), "view"),
+        ("grid view below 0", [["grid.1", {**GRID, "view": [-2, -2]}]], bytes(8), (2, 2), "view"),
+        ("grid view long", [["grid.1", {**GRID, "view": [4] + [1] * 16}]], bytes(9), (2, 2), "view"),
+        ("grid view large", [["grid.1", {**GRID, "view": [0, 1 << 31]}]], b"", (0,), "view"),
+        ("grid many axes", [["grid.1", GRID]], bytes(2), (1,) * 17, "view"),
+        ("grid rows", [["grid.1", {**GRID, "rows": [2]}]], bytes(8), (2, 2), "axes of the 2"),
+        ("grid rows missing", [["grid.1", {**GRID, "rows": None}]], bytes(8), (2, 2), "axes of the 2"),
+        ("grid rows true", [["grid.1", {**GRID, "rows": [True]}]], bytes(8), (2, 2), "axes of the 2"),
+        ("grid rows twice", [["grid.1", {**GRID, "rows": [0, 0]}]], bytes(8), (2, 2), "twice"),
         ("ten terabytes", [["cast.1", {"from": "F32"}]], b"abcd", (1600000, 1600000), "claim to hold"),
     ],
 )
@@ -153,6 +186,29 @@ def test_malformed_chains_are_refused(
     assert caught.value.tensor == "W"
 
 
+def test_what_the_damaged_payloads_are_made_from() -> None:
+    values = decode(RANS_OF_ABC, chain([["rans.1", RANS], CODES]), (3,), DTYPES["U8"], "W")
+    assert values.tobytes() == b"abc"
+
+
+def test_grids_by_hand() -> None:
+    """Each value by its indices, one at a time: axes (2, 0) of (2, 3, 4) are the rows, axis 1 the columns."""
+    rng = np.random.default_rng(16)
+    head = rng.integers(-20, 20, 4 * 2 + 3).astype("i1")
+    codes = rng.integers(-3000, 3000, (8, 3)).astype("<i2")
+    step = Step("grid.1", {"scale": 0.037, "view": [2, 3, 4], "rows": [2, 0], "width": 2})
+    values = decode(head.tobytes() + codes.tobytes(), (step,), (6, 4), DTYPES["F32"], "W").reshape(2, 3, 4)
+    f32 = np.float32
+
+    def half_octaves(exponent: int) -> float:
+        return float(np.ldexp([1.0, 1.4142135623730951][exponent % 2], exponent // 2))
+
+    for a, b, c in np.ndindex(2, 3, 4):
+        row = f32(0.037 * half_octaves(int(head[c * 2 + a])))
+        column = f32(half_octaves(int(head[8 + b])))
+        assert values[a, b, c] == f32(f32(codes[c * 2 + a, b]) * column) * row
+
+
 def test_random_bytes_never_do_worse_than_a_refusal() -> None:
     rng = np.random.default_rng(11)
     kinds: list[list[list[Any]]] = [
@@ -161,6 +217,8 @@ def test_random_bytes_never_do_worse_than_a_refusal() -> None:
         [["sparse.1", {"width": 4, "count": 16, "skip": 0}], ["cast.1", {"from": "F32"}]],
         [["affine.1", {"bits": 4, "axis": 0, "block": 3, "scale": "BF16", "zero": True}]],
         [["codebook.1", {"table": "eightbit", "scale": 0.5}]],
+        [["grid.1", {"scale": 0.5, "view": None, "rows": [1], "width": 1}]],
+        [["rans.1", {"rows": 4, "columns": 4, "head": 0, "width": 1}], ["cast.1", {"from": "I8"}]],
     ]
     decoded = 0
     for _ in range(2000):

@@ -39,9 +39,15 @@ class Covariance:
     where there are more than 4096 inputs; besides them about 100 MB are used.
 
     Where the layer is `diagonal`, only the diagonal is gathered, and `matrix` is (groups, inputs).
+
+    With `weights` (groups, outputs, inputs), `add` and `collect` want reference values too: what would go in if
+    nothing before the layer had changed. Then `cross` is the mean of (weights · reference) xᵀ, by which one finds the
+    weights that give the reference's outputs for these inputs.
     """
 
-    def __init__(self, layer: Layer, *, positions_at_most: int | None = None, seed: int = 0):
+    def __init__(
+        self, layer: Layer, *, positions_at_most: int | None = None, seed: int = 0, weights: F32 | None = None
+    ):
         self.layer = layer
         self.count = 0
         """Positions so far."""
@@ -60,11 +66,23 @@ class Covariance:
         self._squares = list(itertools.combinations_with_replacement(spans, 2))
         self._buffer: F32 | None = None
         self._filled = 0
+        self._weights = None if weights is None or layer.diagonal else weights
+        outputs = 0 if self._weights is None else layer.outputs
+        self._cross: Array = np.zeros((layer.groups, outputs, layer.inputs), kind if outputs else np.float32)
+        self._target_total = np.zeros((layer.groups, outputs))
+        self._targets: F32 | None = None
 
-    def add(self, x: Array, use: Use | None = None, initial: Array | None = None) -> None:
+    def add(
+        self,
+        x: Array,
+        use: Use | None = None,
+        initial: Array | None = None,
+        reference: tuple[Array, Array | None] | None = None,
+    ) -> None:
         """Take in the value at `use.input` (the layer's first use, if none is named), batches as they come.
 
         `initial` is the value at `use.initial`, where that names one: the initial states of a recurrent layer.
+        `reference` are the two without changes.
 
         Raises:
             BadInput: it does not have the shape that the layer needs, or holds NaN or infinity.
@@ -74,15 +92,28 @@ class Covariance:
             if isinstance(use.reads, Indices):
                 self._count(use.reads.numbers(x, self.layer.inputs))
             else:
-                self._take(use.reads.rows(x, self.layer.groups, self.layer.inputs, initial))
+                groups, inputs = self.layer.groups, self.layer.inputs
+                rows = use.reads.rows(x, groups, inputs, initial)
+                if self._weights is None:
+                    self._take(rows, None)
+                    return
+                if reference is None:
+                    raise ValueError("with weights, a reference is needed")
+                before = use.reads.rows(reference[0], groups, inputs, reference[1])
+                if (before.count, before.samples) != (rows.count, rows.samples):
+                    raise BadInput("its inputs have another shape than without changes")
+                self._take(rows, before)
 
-    def collect(self, values: Mapping[str, Array]) -> None:
+    def collect(self, values: Mapping[str, Array], reference: Mapping[str, Array] | None = None) -> None:
         """`add` for all uses of the layer, from values by name. Raises BadInput, also where one is missing."""
         for use in self.layer.uses:
             for name in use.needs:
-                if name not in values:
+                if name not in values or (reference is not None and name not in reference):
                     raise BadInput(f"the value {name!r} that goes into it is not there", tensor=self.layer.tensor)
-            self.add(values[use.input], use, values[use.initial] if use.initial else None)
+            given = None
+            if reference is not None:
+                given = (reference[use.input], reference[use.initial] if use.initial else None)
+            self.add(values[use.input], use, values[use.initial] if use.initial else None, given)
 
     @property
     def matrix(self) -> Array:
@@ -114,6 +145,17 @@ class Covariance:
         """The mean of the inputs, (groups, inputs). Zeros where nothing was added."""
         return self._total / max(1, self.count)
 
+    @property
+    def cross(self) -> Array:
+        """The mean of (weights · reference) xᵀ, (groups, outputs, inputs), without bias."""
+        self._flush()
+        return self._cross / max(1, self.count)
+
+    @property
+    def target_mean(self) -> NDArray[np.float64]:
+        """The mean of weights · reference, (groups, outputs)."""
+        return self._target_total / max(1, self.count)
+
     def _count(self, numbers: NDArray[np.int64]) -> None:
         found = np.bincount(numbers, minlength=self.layer.inputs)
         self._back_to_sum()
@@ -121,7 +163,7 @@ class Covariance:
         self._total += found
         self.count += numbers.size
 
-    def _take(self, rows: Rows) -> None:
+    def _take(self, rows: Rows, before: Rows | None) -> None:
         limit = self._limit * rows.samples
         positions = np.arange(min(rows.count, limit))
         weight = 1.0
@@ -133,37 +175,50 @@ class Covariance:
         at_once = max(1, _CHUNK // (self.layer.groups * self.layer.inputs))
         done = 0
         while done < len(positions):
-            out = self._room(min(at_once, len(positions) - done))
-            rows.write(positions[done : done + out.shape[1]], out)
+            out, targets = self._room(min(at_once, len(positions) - done))
+            chosen = positions[done : done + out.shape[1]]
+            if before is not None and self._weights is not None:
+                before.write(chosen, out)
+                with np.errstate(all="ignore"):
+                    np.matmul(out, self._weights.swapaxes(1, 2), out=targets)
+                    self._target_total += targets.sum(axis=1, dtype=np.float64) * weight
+            rows.write(chosen, out)
             with np.errstate(invalid="ignore"):
                 self._total += out.sum(axis=1, dtype=np.float64) * weight
             if root != 1:
                 out *= root
+                targets *= root
             done += out.shape[1]
         self.count += rows.count
-        if not np.isfinite(self._total).all():
+        if not (np.isfinite(self._total).all() and np.isfinite(self._target_total).all()):
             raise BadInput("a value that goes into it is not finite")
 
-    def _room(self, rows: int) -> F32:
-        """A part of the buffer that is free, of at most so many rows."""
+    def _room(self, rows: int) -> tuple[F32, F32]:
+        """Parts of the buffers that are free, of at most so many rows."""
         if self._filled == self._rows_at_most:
             self._flush()
         if self._buffer is None:
             self._buffer = np.empty((self.layer.groups, self._rows_at_most, self.layer.inputs), np.float32)
+        if self._targets is None:
+            self._targets = np.empty((self.layer.groups, self._rows_at_most, self._cross.shape[1]), np.float32)
         start = self._filled
         self._filled = min(start + rows, self._rows_at_most)
-        return self._buffer[:, start : self._filled]
+        return self._buffer[:, start : self._filled], self._targets[:, start : self._filled]
 
     def _flush(self) -> None:
         if self._buffer is None or not self._filled:
             return
         self._back_to_sum()
-        rows, self._filled = self._buffer[:, : self._filled], 0
+        rows = self._buffer[:, : self._filled]
+        targets = self._targets[:, : self._filled] if self._targets is not None else None
+        self._filled = 0
         # What is not finite is an error of its own.
         with np.errstate(all="ignore"):
             if self.layer.diagonal:
                 self._sum += np.einsum("gpi,gpi->gi", rows, rows)
                 return
+            if targets is not None and targets.shape[2]:
+                self._cross += targets.swapaxes(1, 2) @ rows
             for i, j in self._squares:
                 # With itself it is a symmetric product, at half the price.
                 self._sum[:, i, j] += rows[:, :, i].swapaxes(1, 2) @ rows[:, :, j]

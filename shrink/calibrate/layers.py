@@ -32,7 +32,7 @@ from shrink.model import Entry, Model
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["Layer", "Use", "exposed", "layers", "naming"]
+__all__ = ["Layer", "Use", "exposed", "graphs_of", "layers", "naming", "used_in"]
 
 F32 = NDArray[np.float32]
 
@@ -249,8 +249,8 @@ class _Finder:
         # Uses from the outside and from graphs inside nodes.
         self._others = Counter(item.name for item in proto.graph.output)
         for node in self._nodes:
-            for inner in _graphs_of(node):
-                self._others.update(_used_in(inner))
+            for inner in graphs_of(node):
+                self._others.update(used_in(inner))
         self._constant = self._constants()
         # Names given to the states of recurrent nodes that have none, by node.
         self._states: dict[int, str] = {}
@@ -431,14 +431,14 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[first:])
 
 
-def _graphs_of(node: NodeProto) -> Iterator[GraphProto]:
+def graphs_of(node: NodeProto) -> Iterator[GraphProto]:
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
 
 
-def _used_in(graph: GraphProto) -> Iterator[str]:
+def used_in(graph: GraphProto) -> Iterator[str]:
     """The names that the nodes and outputs of an inner graph use, and those of graphs inside it."""
     left = [graph]
     while left:
@@ -446,4 +446,4 @@ def _used_in(graph: GraphProto) -> Iterator[str]:
         yield from (item.name for item in inner.output)
         for node in inner.node:
             yield from node.input
-            left += _graphs_of(node)
+            left += graphs_of(node)

@@ -3,6 +3,7 @@
 Weights have no repetitions to find; what counts is how well a coder follows their distribution. Zstandard is
 quick. Deflate, as libdeflate writes it, places the borders of its blocks better and is 0.3 to 1.5 % smaller on
 trained weights, but slower to write: it is tried on small tensors, or on all where a high level says to take time.
+Codes of a grid have a coder of their own, rans.1, where wasmtime is installed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from shrink.coders import rans
+from shrink.errors import MissingDependency
 from shrink.model import Quantized
-from shrink.steps import DTYPES, Step, groups
+from shrink.steps import DTYPES, Step, groups, matrix
 
 __all__ = ["pack"]
 
@@ -26,6 +29,7 @@ Packed = tuple[bytes, tuple[Step, ...]]
 _ZEROS_WORTH_A_MASK = 0.125
 _SMALL = 1 << 19
 _PATIENT_LEVEL = 10
+_PATIENT_EFFORT = 2
 _DEFLATE_LEVEL = 12
 
 
@@ -41,10 +45,33 @@ def pack(quantized: Quantized, level: int) -> Quantized:
         for candidate in _coded(data, steps, level, patient):
             if len(candidate[0]) < len(best[0]):
                 best = candidate
+    if quantized.steps[0].name == "grid.1":
+        effort = _PATIENT_EFFORT if level >= _PATIENT_LEVEL else 1
+        best = min([best, *_grid_coded(quantized, effort)], key=lambda packed: len(packed[0]))
     data_bytes, steps = best
     return Quantized.of(
         quantized.name, quantized.dtype, quantized.shape, (*steps, *quantized.steps), data_bytes, quantized.role
     )
+
+
+def _grid_matrix(quantized: Quantized) -> tuple[int, int]:
+    params = quantized.steps[0].params
+    view = params.get("view")
+    return matrix(quantized.shape if view is None else view, params["rows"])
+
+
+def _grid_coded(quantized: Quantized, effort: int) -> Iterator[Packed]:
+    """The exponents and codes of a grid, entropy-coded; nothing where the coder is not installed."""
+    (step,) = quantized.steps
+    payload = quantized.payload
+    rows, columns = _grid_matrix(quantized)
+    codes = np.frombuffer(payload[rows + columns :], f"<i{step.params['width']}").reshape(rows, columns)
+    try:
+        coded, params = rans.encode(payload[: rows + columns], codes.astype(np.int16), effort=effort)
+    except MissingDependency:
+        return
+    # The coder says how wide codes must be, the grid how wide they are.
+    yield coded, (Step("rans.1", {**params, "width": step.params["width"]}),)
 
 
 def _arrangements(quantized: Quantized, data: Bytes, patient: bool) -> Iterator[tuple[Bytes, tuple[Step, ...]]]:
@@ -75,6 +102,8 @@ def _items(quantized: Quantized) -> tuple[int, int]:
         return DTYPES[step.params["from"]].itemsize, 0
     if step.name == "codebook.1":
         return 1, 0
+    if step.name == "grid.1":
+        return step.params["width"], sum(_grid_matrix(quantized))
     rows, _, blocks = groups(quantized.shape, step.params["axis"], step.params["block"])
     per_group = (4 if step.params["scale"] == "F32" else 2) + (1 if step.params["zero"] else 0)
     return (1 if step.params["bits"] == 8 else 0), rows * blocks * per_group

@@ -17,7 +17,7 @@ from shrink.model import Entry, Model, Source, Tensor
 
 NAME = "safetensors"
 SUFFIX = ".safetensors"
-HOLDS = frozenset({"float32", "float16", "eightbit", "int8", "int4"})
+HOLDS = frozenset({"float32", "float16", "eightbit", "int8", "int4", "calibrated"})
 
 T = TypeVar("T")
 

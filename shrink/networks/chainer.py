@@ -22,11 +22,13 @@ from shrink.model import Entry, Model
 from shrink.networks.legacy import import_chainer, import_onnx_chainer
 from shrink.pipeline import drop_state
 
-__all__ = ["is_network", "load", "numbered", "run", "seeded_inputs", "to_onnx", "variables"]
+__all__ = ["guessed_input", "is_network", "load", "numbered", "run", "seeded_inputs", "to_onnx", "variables"]
 
 F32 = NDArray[np.float32]
 
 _SPEC = re.compile(r"(?P<path>.+\.py):(?P<call>[^:/\\]+(\(.*\))?)", re.DOTALL)
+# Sizes of pictures that networks are often made for; the first that one takes is used.
+_SIDES = (64, 96, 128, 224, 256, 32, 28)
 _SOURCE_AT_MOST = 10_000_000
 # The version that belongs to opset 11, the newest that onnx_chainer writes; newer ones only shut out older runtimes.
 _IR_VERSION = 6
@@ -78,6 +80,34 @@ def run(chain: Any, inputs: Sequence[F32]) -> list[F32]:
     chainer = import_chainer()
     with chainer.using_config("train", False), chainer.using_config("enable_backprop", False):
         return [v.array for v in variables(chain(*inputs))]
+
+
+def guessed_input(chain: Any) -> tuple[int, ...] | None:
+    """A shape, batch of one first, that the network takes as its only input; None where none of the likely ones does.
+
+    Tried are those that fit one of its links, in their order: vectors for dense ones, pictures for convolutions.
+    """
+    for link in chain.links():
+        weight = getattr(link, "W", None)
+        if weight is None or getattr(weight, "array", None) is None:
+            continue
+        kind, shape = type(link).__name__, weight.array.shape
+        shapes: list[tuple[int, ...]] = []
+        if kind == "Linear":
+            shapes = [(1, shape[1])]
+        elif kind in ("Convolution2D", "DilatedConvolution2D", "DepthwiseConvolution2D"):
+            channels = shape[1] * getattr(link, "groups", 1)
+            shapes = [(1, channels, side, side) for side in _SIDES]
+        elif kind == "Deconvolution2D":
+            shapes = [(1, shape[0], side, side) for side in (1, 4, 8, *_SIDES)]
+        for candidate in shapes:
+            try:
+                run(chain, [np.zeros(candidate, np.float32)])
+            except Exception:
+                # Whatever it says, it does not take that.
+                continue
+            return candidate
+    return None
 
 
 def variables(result: Any) -> list[Any]:

@@ -8,28 +8,29 @@ let compiled;
 
 /** codec.wasm, fetched and compiled once per page. */
 export function compileCodec() {
-  compiled ??= fetchCodec().catch((error) => {
+  compiled ??= compile("codec.wasm", new URL("./codec.wasm", import.meta.url)).catch((error) => {
     compiled = undefined;
     throw error;
   });
   return compiled;
 }
 
-async function fetchCodec() {
+/** A file of ours, fetched and compiled. Bundlers find it by its address, written out where it is asked for. */
+export async function compile(name, url) {
   let response, bytes;
   try {
-    response = await fetch(new URL("./codec.wasm", import.meta.url));
+    response = await fetch(url);
     bytes = await response.arrayBuffer();
   } catch (cause) {
-    throw new LoadError("network", "codec.wasm could not be fetched", { cause });
+    throw new LoadError("network", `${name} could not be fetched`, { cause });
   }
   if (!response.ok) {
-    throw new LoadError("http", `codec.wasm: the server answered ${response.status}`, { status: response.status });
+    throw new LoadError("http", `${name}: the server answered ${response.status}`, { status: response.status });
   }
   try {
     return await WebAssembly.compile(bytes);
   } catch (cause) {
-    throw new LoadError("unsupported", "codec.wasm does not compile here", { cause });
+    throw new LoadError("unsupported", `${name} does not compile here`, { cause });
   }
 }
 

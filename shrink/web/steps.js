@@ -15,11 +15,13 @@ const BYTE_STEPS = new Map([
   ["deflate.1", undeflate],
   ["planes.1", planes],
   ["sparse.1", sparse],
+  ["rans.1", later("rans")],
 ]);
 const VALUE_STEPS = new Map([
   ["cast.1", cast],
   ["codebook.1", codebook],
   ["affine.1", affine],
+  ["grid.1", later("grid")],
 ]);
 
 /** The values of `tensor` (name, dtype, shape, steps) that the bytes stand for, in an array of their own. */
@@ -38,10 +40,20 @@ export async function decode(bytes, tensor, codec) {
   const run = VALUE_STEPS.get(step);
   if (!run) throw new LoadError("unsupported", `the decode step ${step} gives no values`, { tensor: name });
   const params = new Params(step, given, name);
-  const values = run(data, params, { dtype, shape, codec });
+  const values = await run(data, params, { dtype, shape, codec });
   if (values.length !== count) throw params.bad(`gives ${values.length} values where ${count} belong`);
   // The caller gets an array that fills its buffer: buffers are handed on between threads and to runtimes.
   return values.byteLength === values.buffer.byteLength ? values : values.slice();
+}
+
+/** A step of rans.js, which only files that have it make the page load. */
+function later(name) {
+  return async (...step) => {
+    const steps = await import("./rans.js").catch((cause) => {
+      throw new LoadError("network", "rans.js could not be loaded", { cause });
+    });
+    return steps[name](...step);
+  };
 }
 
 /** The parameters of one step, each taken once and checked; what is left over is refused by `done`. */

@@ -23,7 +23,7 @@ function view(bytes, Values) {
   return new Values(buffer, byteOffset, byteLength / Values.BYTES_PER_ELEMENT);
 }
 
-function convert(values, from, to, params) {
+export function convert(values, from, to, params) {
   if (from === to) return values;
   const To = ARRAYS.get(to);
   // From float to float, and from small whole numbers to float, JavaScript rounds as NumPy does.

@@ -1,0 +1,358 @@
+"""Quantizing a network by what its outputs lose: layer by layer, each on the inputs that the layers before it give.
+
+A layer's weights go to a grid with a scale for each row and column, see `rounding`; they aim at the outputs that the
+original network has there, so that a layer makes good what those before it have lost. What is left of the mean error
+goes into the bias. The integers are entropy-coded, so a step may be as fine or coarse as it wants to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shrink.calibrate import layers as finding
+from shrink.calibrate import sensitivity
+from shrink.calibrate.covariance import Covariance
+from shrink.calibrate.inputs import Calibration
+from shrink.calibrate.layer_result import LayerResult
+from shrink.calibrate.layers import Layer
+from shrink.calibrate.layout import Layout, layout
+from shrink.calibrate.quality import Quality, cost, measured, peaks_of
+from shrink.calibrate.resuming import Store
+from shrink.calibrate.rounding import damped, rounded, targets
+from shrink.calibrate.running import Graph
+from shrink.coders import rans
+from shrink.errors import BadInput, UsageError
+from shrink.export import Network
+from shrink.model import DTYPES, Entry, Quantized
+from shrink.progress import Progress, silent
+from shrink.quantizers import Quantizer, by_mode
+from shrink.steps import Step
+
+__all__ = ["Calibrator", "LayerResult", "Result"]
+
+Array = NDArray[Any]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+Values = dict[str, Array]
+
+# Added to the diagonal of what inputs and gradients tell, as shares of its mean. Gradients tell less surely.
+_INPUT_RIDGE, _OUTPUT_RIDGE, _LOOKUP_RIDGE = 0.01, 0.1, 1.0
+# Positions that are looked at: in all, and per input of the layer.
+_LEAST_POSITIONS, _POSITIONS_PER_INPUT = 1 << 14, 10
+# One in so many samples is not calibrated on, but measures the result.
+_CHECKED = 4
+_PROBES = 2
+_LARGE_OUTPUT, _GRADIENT_SAMPLES = 4096, 8
+# The values kept of all layers' inputs, once as they were and once as they are.
+_HELD_BYTES = 600_000_000
+# The most that is taken off a weight that seems to have no effect.
+_COARSEST = 7
+
+
+@dataclass(frozen=True)
+class Result:
+    """One point of the curve: the entries that change, by name, and how the network does with them on inputs that it
+    was not calibrated on."""
+
+    step: float
+    entries: Mapping[str, Entry]
+    layers: tuple[LayerResult, ...]
+    quality: Quality
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of all the entries' payloads."""
+        return sum(entry.size_bytes for entry in self.entries.values())
+
+
+class Calibrator:
+    """A network and what is known about it from samples. Each call of `at` quantizes it once.
+
+    `chosen` are the tensors to quantize. `store` remembers finished layers. `effort` is the coder's.
+
+    Raises:
+        UsageError: the model has no graph.
+        BadInput: graph and weights do not fit together, ONNX Runtime does not run it, or its outputs are not finite.
+        MissingDependency: onnx, onnxruntime or wasmtime is not installed.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        calibration: Calibration,
+        chosen: Sequence[str],
+        *,
+        seed: int = 0,
+        effort: int = 1,
+        progress: Progress = silent,
+        store: Store | None = None,
+    ):
+        self.network, self.source = network, calibration.source
+        self._seed, self._effort, self._progress = seed, effort, progress
+        self._store = store or Store(None, "")
+        wanted = set(chosen)
+        found = [layer for layer in finding.layers(network.model) if layer.tensor in wanted]
+        self._graph = Graph(network, found)
+        self._layers = [layer for layer in found if not layer.shared or len(layer.uses) > 1]
+        placed = {layer.tensor for layer in self._layers}
+        self._others = [e for e in network.model.tensors if e.name in wanted - placed and self._graph.has(e.name)]
+        self._original = dict(self._graph.weights)
+        self._types = {name: value.dtype for name, value in calibration.samples[0].items()}
+        samples = [dict(sample) for sample in calibration.samples]
+        self._checks = samples[::_CHECKED] if len(samples) > 1 else samples
+        self._fits = [s for number, s in enumerate(samples) if number % _CHECKED] if len(samples) > 1 else samples
+        self._outputs = self._run_checks()
+        self._peaks = peaks_of(self._outputs)
+        for output in self._outputs:
+            if not all(np.isfinite(output[name]).all() for name in self._peaks):
+                raise BadInput("its outputs on the calibration inputs are not finite", file=self._graph.file)
+        if not self._peaks:
+            raise UsageError("the network puts out no numbers to measure", file=self._graph.file)
+        self._reference = self._references()
+        self._g = self._gradients()
+        self.weights = sum(math.prod(layer.shape) for layer in self._layers) + sum(e.size for e in self._others)
+        """The number of weights that are quantized."""
+        self.held_out = len(self._checks) if len(samples) > 1 else 0
+        """The samples that it is not calibrated on, but measured."""
+
+    def at(self, step: float) -> Result:
+        """The network with steps such that the output's error would be `step`, as a share of the peak (its root mean
+        square), if all errors were as independent as they are taken to be. Half of it and less is usual."""
+        for name, values in self._original.items():
+            self._graph.put(name, values)
+        base = step * math.sqrt(12 / max(1, self.weights))
+        entries: dict[str, Entry] = {}
+        results: list[LayerResult] = []
+        done = 0
+        for entry in self._others:
+            self._progress(entry.name, done, self.weights)
+            result, made = self._alone(entry, base)
+            entries |= made
+            results.append(result)
+            done += entry.size
+        known = [dict(sample) for sample in self._fits]
+        for layer in self._layers:
+            self._progress(layer.tensor, done, self.weights)
+            self._advance(known, layer.needs)
+            key = f"{step!r} {layer.tensor}"
+            stored = self._store.layer(key)
+            if stored is None:
+                stored = self._layer(layer, base, known)
+                self._store.keep(key, stored)
+            for name, entry in stored[1].items():
+                self._graph.put(name, entry.array)
+            results.append(stored[0])
+            entries |= stored[1]
+            done += math.prod(layer.shape)
+        self._progress("", self.weights, self.weights)
+        return Result(step, entries, tuple(results), self.quality_now())
+
+    def quality_of(self, arrays: Mapping[str, Array]) -> Quality:
+        """How the network does with other values for these weights, and the original ones for all others."""
+        for name, values in self._original.items():
+            self._graph.put(name, arrays.get(name, values))
+        return self.quality_now()
+
+    def quality_now(self) -> Quality:
+        return measured(self._outputs, self._run_checks(), self._peaks)
+
+    # ---- what is known before anything is quantized
+
+    def _run_checks(self) -> list[Values]:
+        program = self._graph.program(self._types, self._graph.outputs)
+        return [program.run(sample) for sample in self._checks]
+
+    def _references(self) -> list[Values]:
+        """What goes into each layer of the original network, for as many samples as there is room for."""
+        needs = list(dict.fromkeys(name for layer in self._layers for name in layer.needs))
+        program = self._graph.program(self._types, needs)
+        out: list[Values] = []
+        for number, sample in enumerate(self._fits):
+            self._progress("inputs of layers", number, len(self._fits))
+            out.append({**program.run(sample), **{name: sample[name] for name in needs if name in sample}})
+            held = sum(value.nbytes for value in out[0].values())
+            if (len(out) + 1) * held > _HELD_BYTES:
+                break
+        self._fits = self._fits[: len(out)]
+        return out
+
+    def _gradients(self) -> dict[str, F64]:
+        """What errors at each layer's outputs cost, from gradients; noise tells where there are none."""
+        stored = self._store.gradients()
+        if stored is not None:
+            return stored
+        large = sum(value.size for value in self._outputs[0].values()) > _LARGE_OUTPUT
+        samples = self._fits[:_GRADIENT_SAMPLES] if large else self._fits
+
+        def on_sample(number: int) -> None:
+            self._progress("gradients", number, len(samples))
+
+        found = sensitivity.by_gradients(
+            self._graph, self._layers, samples, self._peaks, probes=_PROBES, seed=self._seed, on_sample=on_sample
+        )
+        for layer in self._layers:
+            if layer.tensor not in found:
+                found[layer.tensor] = self._by_noise(layer)
+        self._store.keep_gradients(found)
+        return found
+
+    def _by_noise(self, layer: Layer) -> F64:
+        moments = Covariance(layer, positions_at_most=self._positions(layer), seed=self._seed)
+        for values in self._reference:
+            moments.collect(values)
+        matrix = moments.matrix
+        trace = float((matrix if layer.diagonal else np.einsum("gii->gi", matrix)).sum())
+        one = self._noise_cost(layer.tensor, trace or 1.0, layer.outputs)
+        return np.broadcast_to(np.eye(layer.outputs) * one, (layer.groups, layer.outputs, layer.outputs))
+
+    def _noise_cost(self, tensor: str, moments: float | None, outputs: int) -> float:
+        original = self._original[tensor]
+
+        def error(weights: Array) -> float:
+            self._graph.put(tensor, weights)
+            found = [cost(a, b, self._peaks) for a, b in zip(self._outputs, self._run_checks(), strict=True)]
+            self._graph.put(tensor, original)
+            return math.fsum(found) / len(found)
+
+        found = sensitivity.by_noise(original, error, self._seed, moments=moments, outputs=outputs)
+        return found if math.isfinite(found) else 1.0
+
+    def _positions(self, layer: Layer) -> int:
+        wanted = max(_LEAST_POSITIONS, _POSITIONS_PER_INPUT * layer.inputs)
+        return -(-wanted // max(1, len(self._fits)))
+
+    # ---- one layer
+
+    def _advance(self, known: list[Values], needs: Sequence[str]) -> None:
+        """Find out what goes into the next layer, from what went into the ones before it."""
+        missing = [name for name in needs if name not in known[0]]
+        if not missing:
+            return
+        types = {name: value.dtype for name, value in known[0].items()}
+        program = self._graph.program(types, missing)
+        for values in known:
+            values.update(program.run(values))
+
+    def _layer(self, layer: Layer, base: float, known: Sequence[Values]) -> tuple[LayerResult, dict[str, Entry]]:
+        w = self._original[layer.tensor].astype(np.float32)
+        matrix = layer.matrix(w)
+        moments = Covariance(layer, positions_at_most=self._positions(layer), seed=self._seed, weights=matrix)
+        for values, before in zip(known, self._reference, strict=True):
+            moments.collect(values, before)
+        bias = layer.bias if layer.bias is not None and not layer.diagonal and layer.kind != "recurrent" else None
+        g = damped(self._g[layer.tensor], _OUTPUT_RIDGE)
+        aim: F64 = matrix.astype(np.float64)
+        h: F64
+        if layer.diagonal:
+            h = moments.matrix + _LOOKUP_RIDGE * moments.matrix.mean()
+        else:
+            second, cross = moments.matrix.copy(), moments.cross
+            if bias is not None:
+                # The bias takes the mean; what is left is the spread around it.
+                second -= np.einsum("gi,gj->gij", moments.mean, moments.mean)
+                cross -= np.einsum("go,gi->goi", moments.target_mean, moments.mean)
+            ridge = _ridge(layer.inputs, moments.count)
+            h = damped(second, ridge)
+            if second.any():
+                aim = targets(matrix, h, cross, ridge)
+        place = layout(layer)
+        extra = layer.extra()
+        aim[extra] = 0
+        made = rounded(aim, extra, h, g, base, place)
+        entry = self._encoded(layer.tensor, layer.shape, made, layer, place)
+        entries: dict[str, Entry] = {layer.tensor: entry}
+        if bias is not None:
+            shift = moments.target_mean - np.einsum("goi,gi->go", made.values, moments.mean)
+            entries |= self._bias(bias, layer, shift, g, base)
+        count = math.prod(layer.shape)
+        trace = float((h.sum(axis=-1) if h.ndim == 2 else np.einsum("gii->g", h)) @ np.einsum("goo->g", g))
+        steps = float(np.mean(made.row_exponents)) / 2 + float(np.mean(made.column_exponents)) / 2
+        return (
+            LayerResult(
+                layer.tensor,
+                layer.kind,
+                layer.shape,
+                entry.size_bytes,
+                8 * entry.size_bytes / max(1, count),
+                trace,
+                made.scale * 2.0**steps,
+            ),
+            entries,
+        )
+
+    def _encoded(self, name: str, shape: tuple[int, ...], made: Any, layer: Layer, place: Layout) -> Quantized:
+        codes = place.stored(layer.weight(made.codes.astype(np.float64)).astype(np.int32))
+        return _entry(name, shape, codes, made.scale, made.row_exponents, made.column_exponents, place, self._effort)
+
+    def _bias(self, name: str, layer: Layer, shift: F64, g: F64, base: float) -> dict[str, Entry]:
+        """The bias with the mean error taken out, in float16 where that costs next to nothing."""
+        before = self._original[name]
+        flat = before.astype(np.float64).reshape(-1).copy()
+        places = layer.bias_rows()
+        total, count = np.zeros(flat.size), np.zeros(flat.size)
+        np.add.at(total, places, shift)
+        np.add.at(count, places, 1)
+        flat += total / np.maximum(count, 1)
+        wanted = flat.astype(np.float32).reshape(before.shape)
+        cheap = np.zeros(flat.size)
+        np.add.at(cheap, places, np.einsum("goo->go", g))
+        return {name: _small(name, wanted, cheap, base**2 / 12 * math.prod(layer.shape) / 100)}
+
+    def _alone(self, entry: Entry, base: float) -> tuple[LayerResult, dict[str, Entry]]:
+        """A weight that is in no layer: by its sensitivity alone."""
+        x = self._original[entry.name].astype(np.float32)
+        per_weight = self._noise_cost(entry.name, None, 1)
+        largest = float(np.abs(x).max()) or 1.0
+        step = min(base / math.sqrt(per_weight), largest / _COARSEST) if per_weight > 0 else largest / _COARSEST
+        step = float(np.float32(max(step, largest / 32000, float(np.finfo(np.float32).tiny))))
+        codes = np.rint(x / step).astype(np.int32).reshape(x.shape[0], -1)
+        rows, columns = (np.zeros(n, np.int8) for n in codes.shape)
+        place = Layout(x.shape, (0,), rows.astype(np.int64)[None], rows.astype(np.int64), None)
+        made = _entry(entry.name, x.shape, codes, step, rows, columns, place, self._effort)
+        self._graph.put(entry.name, made.array)
+        bits = 8 * made.size_bytes / max(1, entry.size)
+        note = "by sensitivity alone: the graph does not use it as a linear layer"
+        cost_of_all = per_weight * entry.size
+        result = LayerResult(entry.name, "other", entry.shape, made.size_bytes, bits, cost_of_all, step, note)
+        return result, {entry.name: made}
+
+
+def _ridge(inputs: int, positions: int) -> float:
+    """More where few positions tell about many inputs: what they do not show is not free."""
+    return _INPUT_RIDGE * max(1.0, _POSITIONS_PER_INPUT * inputs / max(1, positions))
+
+
+def _entry(
+    name: str,
+    shape: tuple[int, ...],
+    codes: NDArray[np.int32],
+    scale: float,
+    rows: NDArray[np.int8],
+    columns: NDArray[np.int8],
+    place: Layout,
+    effort: int,
+) -> Quantized:
+    head = rows.tobytes() + columns.tobytes()
+    payload, params = rans.encode(head, codes.astype(np.int16), effort=effort)
+    view = None if place.view == shape else list(place.view)
+    grid = {"scale": scale, "view": view, "rows": list(place.rows), "width": params["width"]}
+    return Quantized.of(name, DTYPES["F32"], shape, (Step("rans.1", params), Step("grid.1", grid)), payload)
+
+
+def _small(name: str, values: F32, cost_of_one: F64, at_most: float) -> Entry:
+    """A small tensor in float16 where its rounding costs at most so much, else in float32."""
+    from shrink.model import Tensor
+
+    half: Quantizer = by_mode("float16")
+    made = half.quantize(name, values)
+    if isinstance(made, Quantized):
+        error = (made.array.astype(np.float64) - values).reshape(-1)
+        if float(np.sum(cost_of_one * error**2)) <= at_most:
+            return made
+    return Tensor.of(name, values)

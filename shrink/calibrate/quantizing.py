@@ -1,0 +1,152 @@
+"""Calibrated quantization as a whole: from a network and samples to entries that meet a bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shrink.calibrate import search
+from shrink.calibrate.calibrated import Calibrator, Result
+from shrink.calibrate.inputs import Calibration
+from shrink.calibrate.resuming import Store, identity_of
+from shrink.errors import BoundNotMet, UsageError
+from shrink.export import Network
+from shrink.model import Entry, Model
+from shrink.pipeline import Change, difference
+from shrink.progress import Progress
+from shrink.quantizers import Kept
+from shrink.recipe import Decision
+
+__all__ = ["Quantizing", "Target", "Work", "changes", "merged", "quantized"]
+
+Entries = Mapping[str, Entry]
+
+# What a search is expected to take, for the progress; a pass more or less does not matter.
+_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is wanted: at least this PSNR, at most these bytes, both, or just this step."""
+
+    min_psnr: float | None = None
+    max_bytes: int | None = None
+    step: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """`model` has the tensors that are written; those that `decisions` do not keep are quantized."""
+
+    network: Network
+    calibration: Calibration
+    model: Model
+    decisions: Mapping[str, Decision]
+    seed: int = 0
+    effort: int = 1
+
+    @property
+    def chosen(self) -> list[str]:
+        return [name for name, decision in self.decisions.items() if not isinstance(decision, Kept)]
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """The result, the passes that it took, the samples it was measured on alone, and how many layers were there."""
+
+    result: Result
+    passes: int
+    held_out: int
+    resumed: int
+    store: Store
+
+
+def quantized(
+    work: Work, target: Target, size_of: Callable[[Entries], int], unfinished: Path | None, progress: Progress
+) -> Quantizing:
+    """The entries that meet the target. `size_of` tells the size of a file with such entries; finished layers are kept
+    in the folder `unfinished`, and found there again.
+
+    Raises:
+        UsageError: there is nothing to quantize.
+        BadInput: the network does not run on the samples.
+        BoundNotMet: the target cannot be met.
+        MissingDependency: onnx, onnxruntime or wasmtime is not installed.
+    """
+    if not work.chosen:
+        raise UsageError("no tensor is left to quantize", file=work.model.source.path)
+    identity = identity_of(work.network, work.calibration, work.chosen, work.seed, work.effort)
+    store = Store(unfinished, identity)
+    passes = 1 if target.step is not None else _PASSES
+    watched = _Passes(progress, passes)
+    calibrator = Calibrator(
+        work.network, work.calibration, work.chosen, seed=work.seed, effort=work.effort, progress=watched, store=store
+    )
+    number = 1
+
+    def at(step: float) -> Result:
+        result = calibrator.at(step)
+        watched.next()
+        return result
+
+    def size(found: search.Measured) -> int:
+        return size_of(found.entries) if isinstance(found, Result) else 0
+
+    if target.step is not None:
+        found: search.Measured = at(target.step)
+    elif target.min_psnr is not None:
+        found, number = search.smallest_with(at, target.min_psnr)
+        if target.max_bytes is not None and size(found) > target.max_bytes:
+            raise BoundNotMet(
+                f"{target.min_psnr:g} dB take {size(found):,} bytes, over {target.max_bytes:,}", hint="give one up"
+            )
+    else:
+        found, number = search.best_within(at, size, target.max_bytes or 0, calibrator.weights)
+    if not isinstance(found, Result):
+        raise TypeError(type(found))
+    return Quantizing(found, number, calibrator.held_out, store.found, store)
+
+
+def merged(model: Model, entries: Entries) -> Iterator[Entry]:
+    """The model's tensors, those that changed as they are now."""
+    for tensor in model.tensors:
+        entry = entries.get(tensor.name, tensor)
+        yield entry if entry is tensor else dataclasses.replace(entry, role=tensor.role)
+
+
+def changes(model: Model, decisions: Mapping[str, Decision], result: Result) -> list[Change]:
+    """What happened to each tensor of the model."""
+    notes = {layer.tensor: layer.note for layer in result.layers}
+    out = []
+    for tensor in model.tensors:
+        original = tensor.size * tensor.dtype.itemsize
+        entry = result.entries.get(tensor.name)
+        if entry is None:
+            decision = decisions.get(tensor.name)
+            reason = decision.reason if isinstance(decision, Kept) else "the graph does not use it"
+            out.append(Change(tensor.name, tensor.shape, "kept", reason, original, None))
+            continue
+        mode = "calibrated" if tensor.name in notes else "bias"
+        note = notes.get(tensor.name, "took over the mean error")
+        out.append(Change(tensor.name, tensor.shape, mode, note, original, difference(tensor.array, entry.array)))
+    return out
+
+
+class _Passes:
+    """Progress over several passes: each is as long as the first, which gathers what all need, was taken to be."""
+
+    def __init__(self, progress: Progress, passes: int):
+        self._progress, self._passes, self._done = progress, passes, 0
+
+    def next(self) -> None:
+        self._done += 1
+
+    def __call__(self, name: str, done: int, total: int, /) -> None:
+        passes = max(self._passes, self._done + 1)
+        self._progress(
+            f"pass {self._done + 1}: {name}" if name else "",
+            self._done * 1000 + 1000 * done // max(1, total),
+            passes * 1000,
+        )
