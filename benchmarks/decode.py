@@ -23,8 +23,11 @@ import pytest
 import shrink
 from benchmarks import subjects
 from benchmarks.tables import Table, published
-from shrink.model import Model, Source, Tensor
+from shrink import container
+from shrink.coders import rans
+from shrink.model import Model, Quantized, Source, Tensor
 from shrink.pipeline import drop_state
+from shrink.steps import Step
 from tests.browser import chromium, serve
 
 if TYPE_CHECKING:
@@ -35,7 +38,10 @@ WEB = HERE.parent / "shrink" / "web"
 MODES = ("float16", "eightbit", "int8", "int4", "prune", "prune,eightbit", "prune,int8")
 GZIP = "raw float32 as gzip"
 _PACKING: dict[str, int | None] = {"packed": 3, "not packed": None}
-_LABELS = tuple(f"{mode}, {how}" for mode in MODES for how in _PACKING)
+# Codes of about two bits, rounded here; how they come from a bound has no say in how fast they decode.
+GRIDS = {"grid, not packed": None, "grid, static tables": 0, "grid, contexts": 1}
+_GRID_STEP = 0.7
+_LABELS = (*(f"{mode}, {how}" for mode in MODES for how in _PACKING), *GRIDS)
 _BYTES_AT_MOST = 45_000_000
 PAGE = '<!DOCTYPE html><title>decode</title><script type="module" src="decode.js"></script>'
 
@@ -96,7 +102,28 @@ def _files(model: Model, folder: Path) -> dict[str, Path]:
             label = f"{mode}, {how}"
             files[label] = folder / f"{len(files)}.safetensors"
             shrink.save(small, files[label], level=level)
+    for label, effort in GRIDS.items():
+        files[label] = folder / f"{len(files)}.safetensors"
+        entries = [_gridded(tensor.name, tensor.array, effort) for tensor in model.tensors]
+        container.write(entries, files[label], source="benchmark", attributes={}, graph=None, level=None)
     return files
+
+
+def _gridded(name: str, array: np.ndarray[Any, Any], effort: int | None) -> Quantized:
+    """The first axis as rows, each with a step in proportion to what its values spread."""
+    values = array.reshape(len(array) if array.shape else 1, -1).astype(np.float64)
+    steps = _GRID_STEP * values.std(axis=1) + 1e-9
+    scale = float(steps.mean())
+    exponents = np.clip(np.round(2 * np.log2(steps / scale)), -127, 127)
+    codes = np.round(values / (scale * 2 ** (exponents / 2))[:, None])
+    codes = np.clip(codes, -127, 127).astype(np.int16)
+    head = exponents.astype(np.int8).tobytes() + bytes(values.shape[1])
+    rows = [0] if array.shape else []
+    grid = Step("grid.1", {"scale": scale, "view": None, "rows": rows, "width": 1})
+    if effort is None:
+        return Quantized.of(name, array.dtype, array.shape, (grid,), head + codes.astype(np.int8).tobytes())
+    payload, params = rans.encode(head, codes, effort=effort)
+    return Quantized.of(name, array.dtype, array.shape, (Step("rans.1", {**params, "width": 1}), grid), payload)
 
 
 def _rounds(page: Page, files: dict[str, Path], rounds: int) -> dict[str, list[float]]:

@@ -70,18 +70,12 @@ def machine() -> dict[str, object]:
     """What the figures were measured on."""
     import numpy as np
 
+    from shrink.bench.machine import processor
+
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": sys.version.split()[0],
         "numpy": np.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 
 from shrink.errors import ShrinkError
 
-__all__ = ["ABSENT", "QPS", "VERSION", "Encoded", "encoded"]
+__all__ = ["ABSENT", "QPS", "SWEEP", "VERSION", "Encoded", "encoded"]
 
 VERSION = "2.1.3"
 QPS = (-38, -32)
 """Its quality: -38 stands near 8 bits a weight, -32 is what it does unless told."""
+
+SWEEP = tuple(range(-48, -13))
+"""From where nothing is lost that anybody sees to where a network is of no use; its step doubles every 4."""
 
 ABSENT = f"nncodec {VERSION} is not in build/nncodec (it wants numpy<2 and brings PyTorch: see benchmarks/nncodec.py)"
 
@@ -34,16 +37,18 @@ _SCRIPT = """
 import contextlib, os, sys, time
 import numpy as np
 from nncodec.nn import decode, encode
-source, target, qp = sys.argv[1:]
-with np.load(source) as file:
+folder, *settings = sys.argv[1:]
+with np.load(os.path.join(folder, "in.npz")) as file:
     weights = {name: file[name] for name in file.files}
-with contextlib.redirect_stdout(open(os.devnull, "w")):
-    start = time.perf_counter()
-    stream = encode(weights, {"qp": int(qp), "verbose": False})
-    seconds = time.perf_counter() - start
-    decoded = decode(stream)
-np.savez(target, **{f"w{i}": np.asarray(decoded[name]) for i, name in enumerate(weights)})
-print(len(stream), seconds)
+for setting in settings:
+    with contextlib.redirect_stdout(open(os.devnull, "w")):
+        start = time.perf_counter()
+        stream = encode(weights, {"qp": int(setting), "verbose": False})
+        seconds = time.perf_counter() - start
+        decoded = decode(stream)
+    arrays = {f"w{i}": np.asarray(decoded[name]) for i, name in enumerate(weights)}
+    np.savez(os.path.join(folder, f"{setting}.npz"), **arrays)
+    print(setting, len(stream), seconds)
 """
 
 
@@ -51,13 +56,14 @@ print(len(stream), seconds)
 class Encoded:
     """The bytes of the stream, what it decodes to, and the seconds that encoding took."""
 
+    qp: int
     size_bytes: int
     decoded: dict[str, NDArray[np.float32]]
     seconds: float
 
 
-def encoded(weights: Mapping[str, NDArray[np.float32]], qp: int) -> Encoded:
-    """What it makes of these weights.
+def encoded(weights: Mapping[str, NDArray[np.float32]], qps: Sequence[int]) -> Iterator[Encoded]:
+    """What it makes of these weights at each qp, with dependent quantization, as it does unless told.
 
     Raises:
         ShrinkError: it is not installed, or it fails.
@@ -65,11 +71,10 @@ def encoded(weights: Mapping[str, NDArray[np.float32]], qp: int) -> Encoded:
     if not _PYTHON.exists():
         raise ShrinkError(ABSENT)
     with tempfile.TemporaryDirectory() as name:
-        source, target = Path(name, "in.npz"), Path(name, "out.npz")
         # Its parameters have dots in their names, as PyTorch's have.
         given: dict[str, Any] = {key.replace("/", "."): x for key, x in weights.items()}
-        np.savez(source, **given)
-        command = [str(_PYTHON), "-W", "ignore", "-c", _SCRIPT, str(source), str(target), str(qp)]
+        np.savez(Path(name, "in.npz"), **given)
+        command = [str(_PYTHON), "-W", "ignore", "-c", _SCRIPT, name, *map(str, qps)]
         try:
             # It writes files of its own into the folder where it runs.
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, cwd=name)
@@ -78,7 +83,8 @@ def encoded(weights: Mapping[str, NDArray[np.float32]], qp: int) -> Encoded:
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             raise ShrinkError(f"nncodec fails: {lines[-1] if lines else done.returncode}")
-        size, seconds = done.stdout.split()[-2:]
-        with np.load(target) as file:
-            decoded = {key: file[f"w{i}"].reshape(x.shape) for i, (key, x) in enumerate(weights.items())}
-        return Encoded(int(size), decoded, float(seconds))
+        for qp, line in zip(qps, done.stdout.splitlines()[-len(qps) :], strict=True):
+            _, size, seconds = line.split()
+            with np.load(Path(name, f"{qp}.npz")) as file:
+                decoded = {key: file[f"w{i}"].reshape(x.shape) for i, (key, x) in enumerate(weights.items())}
+            yield Encoded(qp, int(size), decoded, float(seconds))

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tabulate import tabulate
 
-from benchmarks.measure import machine
+from benchmarks.tables import Table, published
 from shrink.serve import Server
 from tests.browser import chromium
 
@@ -75,30 +74,40 @@ def main(arguments: list[str]) -> int:
         folder = Path(name)
         weights = folder / "unet.npz"
         subprocess.run([sys.executable, "-c", _WEIGHTS, weights], check=True)
-        try:
-            rows = [_measured(form, _exported(folder, weights, form, options)) for form in FORMS]
-        except pytest.skip.Exception as missing:
-            print(f"not measured: {missing}")
-            return 0
-    same = len({row.pop("sha256") for row in rows}) == 1
-    result = {"machine": machine(), "limit_mb": options.limit_mb, "mode": options.mode or "float32", "pages": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({**result, "outputs_equal": same}, indent=1) + "\n")
-    headers = ["page", "files", "largest MB", "first picture s", "again s", "peak MB"]
-    table = [
-        [
+        rows = [_row(folder, weights, form, options) for form in FORMS]
+    hashes = {row.pop("sha256") for row in rows if "sha256" in row}
+    same = len(hashes) == 1 if hashes else None
+    result = {"limit_mb": options.limit_mb, "mode": options.mode or "float32", "pages": rows, "outputs_equal": same}
+    published(result, __doc__ or "", tables(result), options.output)
+    return 1 if same is False else 0
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The table of a result; a page that was not measured says why."""
+    rows = [
+        [row["form"], row["not_measured"]]
+        if "not_measured" in row
+        else [
             row["form"],
-            row["files"],
+            f"{row['files']}",
             f"{row['largest_bytes'] / 1e6:.1f}",
             f"{row['first_ms'] / 1e3:.1f}",
             f"{row['again_ms'] / 1e3:.2f}",
             f"{row['peak_bytes'] / 1e6:.0f}",
         ]
-        for row in rows
+        for row in result["pages"]
     ]
-    print(tabulate(table, headers, colalign=["left"] + ["right"] * 5, disable_numparse=True))
-    print("\nOutputs: " + ("the same bit for bit" if same else "NOT the same"))
-    return 0 if same else 1
+    same = {True: ["Outputs: the same bit for bit."], False: ["Outputs: NOT the same."], None: []}
+    headers = ["", "files", "largest MB", "first picture s", "again s", "peak MB"]
+    title = f"{result['mode']}, at most {result['limit_mb']:g} MB a file"
+    return [Table(title, headers, rows, same[result["outputs_equal"]])]
+
+
+def _row(folder: Path, weights: Path, form: str, options: argparse.Namespace) -> dict[str, Any]:
+    try:
+        return _measured(form, _exported(folder, weights, form, options))
+    except pytest.skip.Exception as missing:
+        return {"form": form, "not_measured": f"not measured: {missing}"}
 
 
 def _exported(folder: Path, weights: Path, form: str, options: argparse.Namespace) -> Path:

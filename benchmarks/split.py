@@ -13,18 +13,16 @@ from __future__ import annotations
 import argparse
 import filecmp
 import itertools
-import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
-from benchmarks.measure import Run, Timing, interleaved, machine, process
+from benchmarks.measure import Run, Timing, interleaved, process
+from benchmarks.tables import Table, published
 from shrink import parts
 from shrink.progress import silent
 from shrink.split import join, plan
@@ -58,7 +56,6 @@ def main(arguments: list[str]) -> int:
         functions = _functions(whole, index, folder, options.rounds)
         shards = [part.size_bytes for part in parts.read_index(index).parts]
         result = {
-            "machine": machine(),
             "bytes": whole.stat().st_size,
             "limit_bytes": _LIMIT,
             "shards": shards,
@@ -66,9 +63,7 @@ def main(arguments: list[str]) -> int:
             "functions": functions,
             "commands": commands,
         }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    _print(result)
+    published(result, __doc__ or "", tables(result), options.output)
     return 0
 
 
@@ -159,22 +154,28 @@ def _rows(timings: dict[str, Timing]) -> dict[str, Any]:
     }
 
 
-def _print(result: dict[str, Any]) -> None:
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The tables of a result, of the functions and of the commands."""
     shards = result["shards"]
-    print(
+    about = (
         f"{result['bytes']:,} bytes in {len(shards)} shards of {min(shards):,} to {max(shards):,} bytes, "
-        f"median of {result['rounds']} rounds\n"
+        f"median of {result['rounds']} rounds."
     )
-    for group in ("functions", "commands"):
-        rows = [
-            [
-                name,
-                f"{row['median_seconds']:.3f}",
-                f"{row['times_a_copy_with_fsync']:.2f}",
-                f"{row['times_a_copy']:.2f}",
-                f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
-            ]
-            for name, row in result[group].items()
+    headers = ["", "seconds", "× a copy with fsync", "× a copy", "peak MB"]
+    return [
+        Table("functions", headers[:-1], [row[:-1] for row in _cells(result["functions"])], [about]),
+        Table("commands", headers, _cells(result["commands"])),
+    ]
+
+
+def _cells(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            name,
+            f"{row['median_seconds']:.3f}",
+            f"{row['times_a_copy_with_fsync']:.2f}",
+            f"{row['times_a_copy']:.2f}",
+            f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
         ]
-        headers = [group, "seconds", "× a copy with fsync", "× a copy", "peak MB"]
-        print(tabulate(rows, headers, disable_numparse=True), end="\n\n")
+        for name, row in rows.items()
+    ]

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import unet
+from shrink import given
+from shrink.export import Network
 
-__all__ = ["SHARED", "SUBJECTS", "Subject", "chosen"]
+if TYPE_CHECKING:
+    from shrink.calibrate.inputs import Calibration
+
+__all__ = ["SHARED", "SUBJECTS", "TRIALS", "Subject", "Trial", "chosen", "trials"]
 
 _HERE = Path(__file__).parent / "models"
 SHARED = Path(__file__).parents[1].parent / "shared" / "models"
@@ -67,8 +72,12 @@ def _photographs(size: int) -> Inputs:
 
 def _luma(size: int) -> Inputs:
     """The same in grey, (6, 1, size, size), as ITU-R BT.601 weighs colours."""
+    return _grey(_photographs(size))
+
+
+def _grey(pictures: Inputs) -> Inputs:
     weights = np.array([0.299, 0.587, 0.114], np.float32)
-    grey: Inputs = np.einsum("nchw,c->nhw", _photographs(size), weights)[:, np.newaxis].astype(np.float32)
+    grey: Inputs = np.einsum("nchw,c->nhw", pictures, weights)[:, np.newaxis].astype(np.float32)
     return grey
 
 
@@ -108,3 +117,188 @@ def chosen(names: list[str]) -> list[Subject]:
         if name not in known:
             raise SystemExit(f"there is no model {name!r}: {', '.join(known)}")
     return [known[name] for name in names] or list(SUBJECTS)
+
+
+# What calibrated quantization is tried on
+
+_DEFAULT = "without data"
+_PICTURES = "calibrated on photographs"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A network, what it is calibrated on by turns, and inputs that none of these hold, (n, …), a sample a row.
+
+    `evaluated` is the network for inputs of their size. `peak` is that of PSNR, None to take it from the outputs;
+    `by_cosine` says that bounds are on the cosine of the outputs instead.
+    """
+
+    network: Network
+    evaluated: Network
+    calibrations: dict[str, Calibration]
+    inputs: NDArray[Any]
+    about: str
+    peak: float | None = None
+    by_cosine: bool = False
+
+
+def trials(names: list[str]) -> list[str]:
+    """These names; without any, all but the U-Net, which takes long. Raises SystemExit for one that there is not."""
+    for name in names:
+        if name not in TRIALS:
+            raise SystemExit(f"there is no model {name!r}: {', '.join(TRIALS)}")
+    return names or [name for name in TRIALS if name != "unet"]
+
+
+def _of_chainer(name: str, folder: Path, shape: tuple[int, ...]) -> Network:
+    (subject,) = chosen([name])
+    path = subject.weights(folder)
+    if not path.exists():
+        raise FileNotFoundError(path)
+    network, _ = given.network(str(subject.network), path, (",".join(map(str, shape)),))
+    return network
+
+
+def _drawings(size: int) -> Inputs:
+    """A drawing in colours, a silhouette and a printed page, all of scikit-image, (3, 3, size, size), from 0 to 1."""
+    from skimage import data
+
+    logo = data.logo().astype(np.float32) / 255
+    logo = logo[:, :, :3] * logo[:, :, 3:] + (1 - logo[:, :, 3:])
+    # It is true where there is no horse.
+    horse, page = data.horse().astype(np.float32), data.page().astype(np.float32) / 255
+    pieces = [
+        logo[90 : 90 + size, 150 : 150 + size],
+        np.stack([horse[:size, 250 : 250 + size]] * 3, axis=2),
+        np.stack([page[20 : 20 + size, :size]] * 3, axis=2),
+    ]
+    stacked: Inputs = np.stack(pieces).transpose(0, 3, 1, 2).astype(np.float32)
+    return stacked
+
+
+def _unseen_pictures(size: int) -> Inputs:
+    """Three pieces of photographs and three of drawings, (6, 3, size, size), from 0 to 1."""
+    return np.concatenate([_photographs(size)[[0, 2, 4]], _drawings(size)])
+
+
+def _photographs_in(folder: Path) -> Path:
+    """A folder of four of scikit-image's photographs: none of them, or of their kind, is among the unseen ones."""
+    from PIL import Image
+    from skimage import data
+
+    photographs = folder / "photographs"
+    photographs.mkdir(exist_ok=True)
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        Image.fromarray(getattr(data, name)()).save(photographs / f"{name}.png")
+    return photographs
+
+
+def _on_pictures(name: str, folder: Path, channels: int) -> Trial:
+    from shrink.calibrate import inputs
+
+    network = _of_chainer(name, folder, (1, channels, 78, 78))
+    wanted = inputs.inputs_of(network)
+    pictures = _unseen_pictures(128)
+    return Trial(
+        network,
+        _of_chainer(name, folder, (1, channels, 128, 128)),
+        {
+            _DEFAULT: inputs.calibration(wanted),
+            _PICTURES: inputs.calibration(wanted, files=_photographs_in(folder)),
+        },
+        _grey(pictures) if channels == 1 else pictures,
+        "six pieces of 128×128 pixels: three of scikit-learn's two photographs, three of scikit-image's logo, horse "
+        "and page (a drawing, a silhouette, a printed page)",
+        peak=1.0,
+    )
+
+
+def _cdcgan(folder: Path) -> Trial:
+    from shrink.calibrate import inputs
+
+    network = _of_chainer("cdcgan", folder, (1, 110))
+    wanted = inputs.inputs_of(network)
+    noise = np.random.default_rng(1).standard_normal((40, 100), np.float32)
+    labels = np.tile(np.eye(10, dtype=np.float32), (4, 1))
+    return Trial(
+        network,
+        network,
+        {
+            _DEFAULT: inputs.calibration(wanted),
+            "normal,onehot:10": inputs.calibration(wanted, distribution="normal,onehot:10"),
+        },
+        np.concatenate([noise, labels], axis=1),
+        "four digits of each kind, of noise of another seed",
+        peak=1.0,
+    )
+
+
+def _unet(folder: Path) -> Trial:
+    from shrink.calibrate import inputs
+
+    network = _of_chainer("unet", folder, (1, 3, 256, 256))
+    wanted = inputs.inputs_of(network)
+    of_range = {"input_range": (-1.0, 1.0), "count": 16}
+    return Trial(
+        network,
+        network,
+        {
+            _DEFAULT: inputs.calibration(wanted, **of_range),  # type: ignore[arg-type]
+            _PICTURES: inputs.calibration(wanted, files=_photographs_in(folder), **of_range),  # type: ignore[arg-type]
+        },
+        2 * _photographs(256) - 1,
+        "six pieces of scikit-learn's two photographs; the weights are random",
+    )
+
+
+def _of_zoo(name: str, folder: Path) -> Trial:
+    from shrink.calibrate import inputs
+    from tests import zoo
+
+    if name == "keras-lstm":
+        if not (SHARED / "lstm-text-keras").exists():
+            raise FileNotFoundError(SHARED / "lstm-text-keras")
+        found = zoo.keras_lstm(SHARED, folder)
+    else:
+        (found,) = (network for network in zoo.NETWORKS if f"zoo {network.name}" == name)
+    samples = found.calibration
+    network, _ = given.network(str(found.path), None, (",".join(map(str, (1, *samples.shape[1:]))),))
+    wanted = inputs.inputs_of(network)
+    own = inputs.Calibration(tuple({wanted[0].name: row[np.newaxis]} for row in samples), "its own")
+    return Trial(
+        network,
+        network,
+        {
+            _DEFAULT: inputs.calibration(wanted, vocabulary=_vocabulary(network)),
+            "calibrated on inputs of its own": own,
+        },
+        found.evaluation[:_EVALUATED],
+        f"{min(len(found.evaluation), _EVALUATED)} inputs that it was not trained on",
+        by_cosine=name == "keras-lstm",
+    )
+
+
+_EVALUATED = 64
+
+
+def _vocabulary(network: Network) -> dict[str, int]:
+    from shrink.calibrate import layers
+
+    return {layer.input: layer.inputs for layer in layers.layers(network.model) if layer.kind == "embedding"}
+
+
+def _zoo_trial(name: str) -> Callable[[Path], Trial]:
+    return lambda folder: _of_zoo(name, folder)
+
+
+TRIALS: dict[str, Callable[[Path], Trial]] = {
+    "cdcgan": _cdcgan,
+    "vgg7": lambda folder: _on_pictures("vgg7", folder, 1),
+    "upconv7": lambda folder: _on_pictures("upconv7", folder, 3),
+    **{
+        f"zoo {kind}": _zoo_trial(f"zoo {kind}")
+        for kind in ("dense", "residual", "excitation", "lstm", "transformer", "upscaler")
+    },
+    "keras-lstm": _zoo_trial("keras-lstm"),
+    "unet": _unet,
+}

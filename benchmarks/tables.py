@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +11,13 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.measure import machine
+from shrink.bench.markup import template
 from shrink.errors import MissingDependency
 from shrink.files import atomic_file
 
 __all__ = ["Table", "published"]
 
 _HERE = Path(__file__).parent
-_STYLE = _HERE.parent / "shrink" / "bench" / "templates" / "report.css"
 
 
 @dataclass(frozen=True)
@@ -61,22 +59,12 @@ def _as_text(table: Table) -> str:
 
 
 def _as_page(about: str, tables: Sequence[Table], made_on: Mapping[str, Any], data: str) -> str:
-    try:
-        import jinja2
-        from markupsafe import Markup
-    except ImportError:
-        raise MissingDependency("jinja2", "bench") from None
     title, _, rest = about.partition("\n")
-    css = _STYLE.read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string((_HERE / "tables.html").read_text(encoding="utf-8"))
-    return page.render(
-        title=title.strip().rstrip(".").replace("`", ""),
-        paragraphs=[" ".join(part.split()) for part in rest.strip().split("\n\n")],
-        tables=tables,
-        machine=made_on,
-        data=data,
-        css=Markup(css),
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
-    )
+    context = {
+        "title": title.strip().rstrip(".").replace("`", ""),
+        "paragraphs": [" ".join(part.split()).replace("`", "") for part in rest.strip().split("\n\n")],
+        "tables": tables,
+        "machine": made_on,
+        "data": data,
+    }
+    return template("tables.html", [], context, folder=_HERE)

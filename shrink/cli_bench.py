@@ -37,7 +37,6 @@ _file = click.Path(path_type=Path)
 
 _GATE_CLOSED = 4
 _REASONS_SHOWN = 8
-_WORDS_AT_MOST = 1000
 # What a document that is only a part says of the other.
 _REST, _INTERRUPTED = "the rest", "interrupted"
 # Who made a page stands in its head.
@@ -274,7 +273,7 @@ def _finish(found: Document, notes: Sequence[str], page: Path, numbers: Path, as
 def _keep(part: Document, error: BaseException, notes: Sequence[str], page: Path, numbers: Path, as_json: bool) -> None:
     """Write what had been measured when `error` came, which is the one that the user must hear of in the end."""
     why = str(error) if isinstance(error, ShrinkError) else _INTERRUPTED
-    rest = {"what": _REST, "why": printable(why, at_most=_WORDS_AT_MOST)}
+    rest = {"what": _REST, "why": document.cut(why, document.WHY_CHARACTERS)}
     try:
         found = document.checked({**part, "not_measured": [*part["not_measured"], rest]})
         _finish(found, notes, page, numbers, as_json)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import secrets
 import shutil
 import stat
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from shrink.errors import BadInput, OutputError
 
 __all__ = [
+    "Finish",
     "Scratch",
     "atomic_file",
     "atomic_folder",
     "file_size",
+    "finishing",
     "holds",
     "inside",
     "io_errors",
@@ -33,6 +38,13 @@ __all__ = [
 
 # Of Linux: relative to the working folder, and both names keep standing for something.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# Bytes that are worth a way to the disk while more are written.
+_WORTH_SYNCING = 4 << 20
+# Finished files on their way to the disk at a time.
+_FINISHING = 2
+
+Finish = Callable[[Callable[[], None]], object]
+"""Runs what is left to do for a written file: bringing it to the disk and giving it its name."""
 
 
 @contextlib.contextmanager
@@ -45,19 +57,80 @@ def io_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that appears at `path` when the block ends well, and leaves no trace when it does not."""
+def atomic_file(path: Path, *, finish: Finish = lambda end: end()) -> Iterator[IO[bytes]]:
+    """A file to write that appears at `path` when the block ends well, and leaves no trace when it does not.
+
+    With the `finish` of `finishing` it appears by the end of that block.
+    """
     temporary = path.with_name(f".shrink-{secrets.token_hex(6)}.tmp")
-    try:
-        with io_errors(path):
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(io_errors(path))
+        undo.callback(temporary.unlink, missing_ok=True)
+        raw = _SyncedFile(temporary)
+        file = undo.enter_context(io.BufferedWriter(raw))
+        yield file
+        file.flush()
+        written = undo.pop_all()
+
+    def end() -> None:
+        with written:
+            raw.sync()
+            file.close()
             os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    finish(end)
+
+
+@contextlib.contextmanager
+def finishing() -> Iterator[Finish]:
+    """A `finish` for several files: each is brought to the disk while the next is written.
+
+    When the block ends well, all of them are in their places. The error of one is raised, at the latest, then.
+    """
+    with ThreadPoolExecutor(_FINISHING, "finishing") as pool:
+        ends: deque[Future[None]] = deque()
+
+        def later(end: Callable[[], None]) -> None:
+            ends.append(pool.submit(end))
+            if len(ends) > _FINISHING:
+                ends.popleft().result()
+
+        yield later
+        for end in ends:
+            end.result()
+
+
+class _SyncedFile(io.FileIO):
+    """A new file that goes to the disk while more of it is written, so that less is left for the end."""
+
+    def __init__(self, path: Path):
+        self._thread = ThreadPoolExecutor(1, "fsync")
+        self._syncing: Future[None] | None = None
+        self._unsynced = 0
+        super().__init__(path, "x")
+
+    def write(self, data: Any, /) -> int:
+        count = super().write(data)
+        self._unsynced += count
+        if self._unsynced >= _WORTH_SYNCING and (self._syncing is None or self._syncing.done()):
+            self._wait()
+            self._syncing = self._thread.submit(os.fsync, self.fileno())
+            self._unsynced = 0
+        return count
+
+    def sync(self) -> None:
+        """Come back when all of it is on the disk."""
+        self._wait()
+        os.fsync(self.fileno())
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        super().close()
+
+    def _wait(self) -> None:
+        # The system tells an error once: whoever asks later hears that all is well.
+        if self._syncing is not None:
+            self._syncing.result()
 
 
 def put(path: Path, data: bytes) -> None:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any, TypeGuard
 
 from shrink.errors import BadInput, IntegrityError, ShrinkError, UsageError, printable
-from shrink.files import atomic_file, inside, io_errors, read_all
+from shrink.files import Finish, atomic_file, inside, io_errors, read_all
 from shrink.progress import Progress, silent
 
 __all__ = [
@@ -363,16 +363,17 @@ def write_part(
     *,
     head: bytes = b"",
     on_bytes: Callable[[int], object] = lambda count: None,
+    finish: Finish = lambda end: end(),
 ) -> Part:
     """Write `head` and the next `length` bytes of `source` to `path`, whole or not at all, and say what was written.
 
-    `on_bytes` hears of every block. `head` is what joining skips.
+    `on_bytes` hears of every block. `head` is what joining skips. `finish` is as in `shrink.files.atomic_file`.
 
     Raises:
         BadInput: the source ends too soon.
         OutputError: writing failed.
     """
-    with atomic_file(path) as out:
+    with atomic_file(path, finish=finish) as out:
         part = describe(path.name, source, length, head=head, write=out.write, on_bytes=on_bytes)
     return part
 

@@ -194,6 +194,35 @@ def test_classes_by_hand() -> None:
     assert found["psnr_db"] is None
 
 
+@pytest.mark.parametrize(
+    ("shape", "labels", "words"),
+    [
+        ((1, 3), [[0], [2]], None),
+        ((1, 3), [[0], [3]], "there is a label 3, and the network has 3 classes, from 0 on"),
+        ((1, 3), [[0]], "there are 1 labels for 2 rows of classes"),
+        ((1, 4, 3), [[0], [1]], "there are 2 labels for 8 rows of classes"),
+        ((1, 2, 3), [[0, 1], [2, 0]], None),
+        ((1, 1, 16, 16), [[0], [1]], "the output y is no table of classes"),
+        ((3,), [[0], [1]], "the output y is no table of classes"),
+    ],
+)
+def test_labels_that_cannot_be_used_say_why(shape: tuple[int, ...], labels: Any, words: str | None) -> None:
+    given = np.random.default_rng(0).random((2, *shape))
+    assert accuracy.unusable(outputs(*given), np.array(labels)) == words
+    if words is not None:
+        assert compared(outputs(*given), outputs(*given), np.array(labels))["top1_accuracy"] is None
+
+
+def test_pictures_are_by_the_peak_that_is_given() -> None:
+    """Twice the peak is 6 dB more; backends that are fed only some of the samples have that of all."""
+    before, after = outputs(np.full((1, 1, 16, 16), 0.5)), outputs(np.full((1, 1, 16, 16), 0.6))
+    assert accuracy.peak(before) == 1.0
+    assert accuracy.peak(outputs([[1.0, 2.0]])) is None
+    assert accuracy.peak([{"y": np.full((1, 1, 16, 16), 1e200)}]) is None
+    one, two = (compared(before, after, by=by)["psnr_db"]["worst"] for by in (None, 2.0))
+    assert two - one == pytest.approx(20 * math.log10(2))
+
+
 def test_scores_that_are_no_distribution_go_through_softmax() -> None:
     logits = np.array([[2.0, 0.0, -1.0]])
     share = np.exp(logits) / np.exp(logits).sum()
@@ -368,8 +397,8 @@ def test_a_benchmark_without_a_browser(folder: Path) -> None:
         "weights": 35_091,
         "inputs": [{"name": "z", "dtype": "float32", "shape": [1, 20]}],
         "outputs": [
-            {"name": "image", "shape": [1, 3, 16, 16], "kind": "image"},
-            {"name": "scores", "shape": [1, 30], "kind": "classes"},
+            {"name": "image", "shape": [1, 3, 16, 16], "kind": "image", "peak": 1.0},
+            {"name": "scores", "shape": [1, 30], "kind": "classes", "peak": None},
         ],
     }
     assert found["inputs"] == {"source": "seeded", "count": 6, "labels": False}
@@ -422,6 +451,7 @@ def test_labels_and_files_on_disk(folder: Path, tmp_path: Path) -> None:
     [
         ({"modes": ("int8", "nonsense")}, "nonsense"),
         ({"modes": ("int8", "int8")}, "named twice"),
+        ({"modes": ("+".join(["prune"] * 40),)}, "more than 200 characters"),
         ({"browser": BrowserOptions(backends=("webgl",))}, "no backend 'webgl'"),
         ({"browser": BrowserOptions(network="56k")}, "no network '56k'"),
     ],

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import re
+import struct
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -324,6 +325,47 @@ def test_layers_by_their_weights_where_no_output_was_measured() -> None:
     assert charts["layers"]["x"] == "SQNR of the weights (dB)"
 
 
+def test_a_layer_that_is_all_noise_has_its_number() -> None:
+    layers = [{"name": "a", "shape": [1], "sqnr_db": 0.0, "output_sqnr_db": 3.0}]
+    (dot,) = charts_of(render(bare(variant("x", layers=layers))))["layers"]["dots"]
+    assert "SQNR of its weights: 0.0 dB" in dot["words"]
+
+
+@pytest.mark.parametrize(
+    ("network", "words", "never"),
+    [
+        ("offline-cache: the second visit, with the weights in the browser's cache", "second visit", "fresh browser"),
+        ("10mbit: 10 Mbit/s, each answer waits 40 ms", "first visit", "second visit"),
+    ],
+)
+def test_visits_are_called_what_they_were(network: str, words: str, never: str) -> None:
+    made = known()
+    made["variants"][1]["latency"]["wasm"]["cold"]["network"] = network
+    found = Reader(render(made))
+    caption = found.text("span", id="caption-cold").replace(network, "")
+    (waits,) = [t.replace(network, "") for _, t in found.all("p") if t.startswith("What a visitor waits for")]
+    for text in (caption, waits):
+        assert words in text
+        assert never not in text
+
+
+def test_what_came_after_an_interrupt_was_not_measured() -> None:
+    whole = bare(variant("x"))
+    assert "Everything that was asked for was measured." in render(whole)
+    page = Reader(render({**whole, "partial": True})).text("section", id="missing")
+    assert "Everything" not in page
+    assert "what came after that was not measured" in page
+
+
+def test_both_numbers_of_threads_have_their_row() -> None:
+    made = known()
+    made["variants"][1]["accuracy"]["wasm-1"] = pictures_accuracy(45.15, 43.0, wrong=False)
+    shown = [row[1:3] for row in rows(render(made), "accuracy")]
+    assert ["WebAssembly, 1 thread", "right"] in shown
+    assert ["WebAssembly, 4 threads", "Wrong | off by 70.5 % of the largest output"] in shown
+    assert "WebAssembly, 4 threads does not compute small" in render(made)
+
+
 def test_webgpu_in_software_is_said_beside_its_numbers() -> None:
     page = render(sample())
     for table in ("accuracy", "warm", "cold"):
@@ -464,6 +506,40 @@ def test_pictures_that_do_not_fit_are_named() -> None:
     assert names == ["one, input 1"]
     assert "Too large for this file, they are in the JSON data beside it: two (the worst case), three" in page
     assert page.count(original) == 2
+
+
+def claiming(width: int, height: int) -> str:
+    """A picture of one pixel whose file says that it has many."""
+    data = bytearray(png(np.zeros((1, 1), np.uint8)))
+    data[16:24] = struct.pack(">II", width, height)
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize("part", ["original", "variant", "difference_x10"])
+@pytest.mark.parametrize("size", [(16384, 16384), (0, 4), (4_194_305, 1), (2**32 - 1, 2**32 - 1)])
+def test_pictures_of_too_many_pixels_are_not_shown(part: str, size: tuple[int, int], tmp_path: Path) -> None:
+    small, huge = picture(8, 0), claiming(*size)
+    found = {"original": small, "variant": small, "difference_x10": small, "input": 0} | {part: huge}
+    made = bare(variant("one", pictures={"worst": found}))
+    page = render(made)
+    assert huge not in page
+    assert "Too large for this file, they are in the JSON data beside it: one (the worst case)" in page
+    (tmp_path / "gen.html").write_text(page)
+    (tmp_path / "gen.json").write_text(json.dumps(made))
+    index(tmp_path)
+    assert huge not in (tmp_path / "index.html").read_text()
+
+
+def test_all_pictures_together_have_a_bound() -> None:
+    """Each of 4 million pixels could be shown alone, and sixteen together: the original, and two for each variant."""
+    large = claiming(2048, 2048)
+    made = bare(
+        *(variant(f"v{number}", pictures={"worst": dict.fromkeys(PARTS, large) | {"input": 0}}) for number in range(20))
+    )
+    assert len(list(Reader(render(made)).all("figcaption"))) == 7
+
+
+PARTS = ("original", "variant", "difference_x10")
 
 
 def test_data_that_does_not_fit_is_named() -> None:

@@ -154,7 +154,7 @@ def test_a_visit_downloads_what_is_counted(first: Variant, sites: variants.Expor
     counted = size.loaded(place, about)
     assert asked <= counted
     # What is counted beyond that is loaded where it is needed: by workers, and by other ways to store weights.
-    assert counted - asked <= {"shrink/stages.js", "shrink/chain.js"}
+    assert counted - asked <= {"shrink/stages.js", "shrink/chain.js", "shrink/rans.js", "shrink/rans.wasm"}
 
 
 def requested(browser: Browser, place: Path) -> set[str]:

@@ -85,6 +85,49 @@ def test_a_good_variant_in_one_line() -> None:
             "ship it on WebAssembly only: the page crashed on WebGPU",
         ),
         (
+            {
+                "accuracy": {
+                    "native": pictures_accuracy(45, 43),
+                    "wasm-1": pictures_accuracy(9, 8, wrong=True),
+                    "wasm": pictures_accuracy(45, 43, wrong=False),
+                },
+                "latency": {"wasm": warm(10, 1.0, threads=4)},
+            },
+            "look",
+            "ship it on WebAssembly, 4 threads only: wrong on WebAssembly, 1 thread",
+        ),
+        (
+            {
+                "accuracy": {
+                    "native": pictures_accuracy(45, 43),
+                    "wasm-1": pictures_accuracy(9, 8, wrong=True),
+                    "wasm": pictures_accuracy(9, 8, wrong=True),
+                },
+            },
+            "no",
+            "do not ship it, wrong on WebAssembly",
+        ),
+        (
+            {
+                "accuracy": {"native": pictures_accuracy(45, 43), "wasm-1": pictures_accuracy(45, 43, wrong=False)},
+                "latency": {"wasm-1": warm(10, 1.0), "wasm": {"problem": "the page crashed"}},
+            },
+            "look",
+            "ship it on WebAssembly, 1 thread only: the page crashed on WebAssembly, all threads",
+        ),
+        (
+            {
+                "accuracy": {
+                    "native": pictures_accuracy(45, 43),
+                    "wasm-1": pictures_accuracy(45, 43, wrong=False),
+                    "wasm": pictures_accuracy(45, 43, wrong=False),
+                    "webgpu": pictures_accuracy(9, 8, wrong=True),
+                }
+            },
+            "look",
+            "ship it on WebAssembly only: wrong on WebGPU",
+        ),
+        (
             {"accuracy": {"native": {"exact": False, "problem": "the outputs hold NaN"}}},
             "no",
             "do not ship it, too much is lost",

@@ -19,7 +19,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from shrink.bench import document, summary
+from shrink.bench import document, size, summary
+from shrink.errors import MissingDependency, OutputError
 from tests.command import Outcome, run
 from tests.pages import PACKAGE, ROOT, chromium, needs_package
 
@@ -93,6 +94,10 @@ def test_a_report_and_its_numbers(network: Path, tmp_path: Path) -> None:
     assert "worst PSNR dB" in headers
     assert outcome.stdout.count(": ship it") + outcome.stdout.count("do not ship") >= 1
     assert f"Written: {page}" in outcome.stdout
+    assert "PSNR and SSIM: the peak is 1." in outcome.stdout
+    assert "Not measured: webgpu: it was left out, with --backends" in outcome.stdout
+    # The same network with any number of threads.
+    assert [sorted(v["accuracy"]) for v in found["variants"]] == [["native", "wasm", "wasm-1"]] * 3
 
 
 @needs_package
@@ -108,6 +113,7 @@ def test_variants_on_disk_data_and_json(network: Path, tmp_path: Path) -> None:
     assert result["report"] == str(page)
     assert result["data"] == str(tmp_path / "r.json")
     assert result["partial"] is False
+    assert result["psnr_peak"] == 1.0
     original, variant = result["variants"]
     assert [original["name"], variant["name"]] == ["float32", "small"]
     assert 50 < variant["psnr"] < 120
@@ -179,6 +185,7 @@ def test_without_a_browser_the_rest_is_measured_and_the_reason_stands_there(netw
         (["--backends", "wasm,wasm"], 2, ["twice"]),
         (["--network", "5g"], 2, ["5g", "10mbit"]),
         (["--runs", "0"], 2, ["--runs"]),
+        (["--runs", "100001"], 2, ["--runs"]),
         (["--fail-under", "psnr"], 2, ["psnr", "no bound"]),
         (["--fail-under", "beauty=3"], 2, ["beauty", "known: psnr"]),
         (["--fail-over", "psnr=nan"], 2, ["no bound"]),
@@ -240,6 +247,54 @@ def test_ctrl_c_keeps_what_is_measured(network: Path, tmp_path: Path) -> None:
     html = page.read_text()
     assert "<strong>Partial.</strong>" in html
     assert "Interrupted: this is what had been measured." in output.read_text()
+
+
+@needs_package
+def test_an_error_on_the_way_keeps_what_is_measured(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*given: object, **more: object) -> None:
+        raise MissingDependency("brotli", "bench")
+
+    monkeypatch.setattr(size, "under_brotli", stops)
+    page = tmp_path / "r.html"
+    given = ("bench", network, "--modes", "int8", "--backends", "none", *RUNTIME, "--fail-under", "psnr=1", "-o", page)
+    outcome = run(*given)
+    assert outcome.code == 5
+    assert outcome.stderr == "shrink: error: this needs the package brotli (pip install 'shrink[bench]')\n"
+    assert outcome.stdout.startswith("Stopped by an error: this is what had been measured.\n")
+    assert "Not measured: the rest: this needs the package brotli" in outcome.stdout
+    found = document.read(tmp_path / "r.json")
+    assert found["partial"] is True
+    assert [v["accuracy"]["native"]["psnr_db"] is not None for v in found["variants"]] == [True, True]
+    assert "this needs the package brotli" in page.read_text()
+    # What cannot be written does not hide what happened first.
+    page.unlink()
+    (tmp_path / "r.json").unlink()
+
+    def full(*given: object, **more: object) -> None:
+        raise OutputError("No space left on device", file="r.json")
+
+    monkeypatch.setattr(document, "write", full)
+    outcome = run(*given)
+    assert outcome.code == 5
+    lines = outcome.stderr.splitlines()
+    assert lines[0] == "shrink: error: what had been measured is lost: r.json: No space left on device"
+    assert "this needs the package brotli" in lines[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_package
+def test_an_error_before_anything_is_measured_leaves_nothing(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*given: object, **more: object) -> None:
+        raise MissingDependency("brotli", "bench")
+
+    monkeypatch.setattr(size, "sizes", stops)
+    given = ("bench", network, "--modes", "int8", "--backends", "none", *RUNTIME, "-o", tmp_path / "r.html")
+    fails(run(*given), 5, "this needs the package brotli")
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_package

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 
 from shrink import files
 from shrink.errors import BadInput, OutputError
-from shrink.files import Scratch, atomic_folder, is_taken, read_all
+from shrink.files import Scratch, atomic_file, atomic_folder, finishing, is_taken, read_all
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,6 +124,87 @@ def test_a_folder_that_failed_leaves_the_old_one(tmp_path: Path) -> None:
         fails()
     assert [f.name for f in tmp_path.iterdir()] == ["site"]
     assert content(tmp_path / "site") == {"a": "old"}
+
+
+LARGE = 11 << 20
+"""Bytes of a file that goes to the disk while it is written."""
+
+
+@pytest.mark.parametrize("block", [1 << 16, (1 << 20) + 1, LARGE])
+def test_a_large_file_is_what_was_written(block: int, tmp_path: Path) -> None:
+    data = random.Random(block).randbytes(LARGE)
+    with atomic_file(tmp_path / "a") as out:
+        for at in range(0, LARGE, block):
+            out.write(data[at : at + block])
+        out.seek(3)
+        out.write(b"changed")
+        out.seek(0, os.SEEK_END)
+        out.write(b"the end")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_bytes() == data[:3] + b"changed" + data[10:] + b"the end"
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("when", ["on the way", "at the end"])
+def test_a_disk_that_fails_leaves_the_old_file(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells of a failed write once: to whoever brings the file to the disk next, and never again."""
+    (tmp_path / "a").write_text("old")
+    sync, calls = os.fsync, 0
+
+    def fails_once(file: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fails_once)
+    with pytest.raises(OutputError, match="Input/output error"), atomic_file(tmp_path / "a") as out:
+        out.write(bytes(LARGE if when == "on the way" else 100))
+    assert content(tmp_path) == {"a": "old"}
+
+
+def test_files_that_are_finished_beside_others_are_all_there_at_the_end(tmp_path: Path) -> None:
+    with finishing() as finish:
+        for i in range(20):
+            with atomic_file(tmp_path / str(i), finish=finish) as out:
+                out.write(bytes([i]) * 300_000)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {str(i): bytes([i]) * 300_000 for i in range(20)}
+
+
+def test_a_file_that_cannot_take_its_place_is_said_and_the_others_are_there(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    written = 0
+
+    def write_all() -> None:
+        nonlocal written
+        with finishing() as finish:
+            for i in range(20):
+                with atomic_file(tmp_path / str(i), finish=finish) as out:
+                    out.write(b"new")
+                written += 1
+
+    with pytest.raises(OutputError, match="directory") as caught:
+        write_all()
+    assert caught.value.file == tmp_path / "1"
+    # It is said while the others are written, and what is half done has no name.
+    assert written < 20
+    assert {f.name for f in tmp_path.iterdir()} - {"1"} <= {str(i) for i in range(written + 1)}
+    assert all(f.is_dir() or f.read_bytes() == b"new" for f in tmp_path.iterdir())
+
+
+def test_a_block_that_fails_leaves_what_was_finished_and_nothing_else(tmp_path: Path) -> None:
+    def fails() -> None:
+        with finishing() as finish:
+            with atomic_file(tmp_path / "a", finish=finish) as out:
+                out.write(b"a")
+            with atomic_file(tmp_path / "b", finish=finish) as out:
+                out.write(b"b")
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert content(tmp_path) == {"a": "a"}
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

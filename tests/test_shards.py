@@ -435,7 +435,7 @@ def kill_at(step):
         nonlocal left
         if event in ("open", "os.rename", "os.remove", "os.mkdir") and str(out) in str(arguments):
             left -= 1
-            if left == 0:
+            if left <= 0:  # threads may come together here
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
 

@@ -674,7 +674,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.Mo
 
         def counted(a: str, b: str) -> None:
             nonlocal left
-            if left == 0:
+            if left <= 0:  # threads may come together here
                 raise Killed
             left -= 1
             replace(a, b)

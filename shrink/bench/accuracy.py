@@ -14,12 +14,23 @@ from numpy.typing import NDArray
 from shrink.bench import metrics
 from shrink.bench.native import Native
 from shrink.bench.plan import Values, Variant
-from shrink.errors import ShrinkError
+from shrink.errors import ShrinkError, printable
 from shrink.model import Entry
 from shrink.pipeline import difference, stored_as
 from shrink.progress import Progress
 
-__all__ = ["SECONDS_AT_MOST", "TOLERANCE", "Layers", "Outputs", "Reference", "compared", "judged", "layers"]
+__all__ = [
+    "SECONDS_AT_MOST",
+    "TOLERANCE",
+    "Layers",
+    "Outputs",
+    "Reference",
+    "compared",
+    "judged",
+    "layers",
+    "peak",
+    "unusable",
+]
 
 Array = NDArray[Any]
 Outputs = Sequence[Mapping[str, Array]]
@@ -30,11 +41,43 @@ TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 largest output. Other orders of summing give about 1e-6 in float32; a network deepens that, but not a thousand times."""
 
 
-def compared(original: Outputs, other: Outputs, labels: Array | None = None) -> dict[str, Any]:
+def peak(original: Outputs) -> float | None:
+    """What PSNR and SSIM are measured by, see `metrics.peak_of`; None where the first output is no picture.
+
+    None too where it is so large that there is neither of the two.
+    """
+    first = _first(original)
+    if metrics.kind_of(first[0].shape) != "image":
+        return None
+    found = metrics.peak_of(np.concatenate([values.reshape(-1) for values in first]))
+    return found if found < _LARGEST_PEAK else None
+
+
+def unusable(original: Outputs, labels: Array) -> str | None:
+    """Why the labels say nothing of these outputs: there must be one for each row of scores, and one of the classes."""
+    first = _first(original)
+    shape = first[0].shape
+    if metrics.kind_of(shape) not in ("classes", "sequence"):
+        return f"the output {printable(next(iter(original[0])))} is no table of classes"
+    rows = sum(values.size // shape[-1] for values in first)
+    if labels.size != rows:
+        return f"there are {labels.size} labels for {rows} rows of classes"
+    if labels.max(initial=0) >= shape[-1]:
+        return f"there is a label {labels.max()}, and the network has {shape[-1]} classes, from 0 on"
+    return None
+
+
+def _first(outputs: Outputs) -> list[Array]:
+    """The first output of every sample: by it the network is judged."""
+    name = next(iter(outputs[0]))
+    return [np.asarray(sample[name]) for sample in outputs]
+
+
+def compared(original: Outputs, other: Outputs, labels: Array | None = None, by: float | None = None) -> dict[str, Any]:
     """The figures of a variant's outputs, against the original's on the same samples: a document's `accuracy`.
 
     What the outputs are is told by the first of them; the largest error is that of all. `labels` has a row of class
-    numbers for every sample.
+    numbers for every sample. `by` is the peak of pictures, None for that of these.
     """
     out: dict[str, Any] = dict.fromkeys(_FIGURES)
     out |= {"exact": False}
@@ -54,13 +97,14 @@ def compared(original: Outputs, other: Outputs, labels: Array | None = None) -> 
     # Smaller is worse.
     quality = [_negated(metrics.relative_error(a, b)) for a, b in zip(before, after, strict=True)]
     if kind == "image":
-        peak = metrics.peak_of(np.concatenate([a.reshape(-1) for a in before]))
-        psnr = [metrics.psnr(a, b, peak) for a, b in zip(before, after, strict=True)]
+        by = by or peak(original) or 1.0
+        psnr = [metrics.psnr(a, b, by) for a, b in zip(before, after, strict=True)]
         out["psnr_db"] = _figure(psnr)
-        out["ssim"] = _figure([_ssim(a, b, peak) for a, b in zip(before, after, strict=True)])
+        out["ssim"] = _figure([_ssim(a, b, by) for a, b in zip(before, after, strict=True)])
         quality = psnr
     elif kind in ("classes", "sequence"):
-        out |= _of_classes(np.stack(before), np.stack(after), labels)
+        usable = labels is not None and unusable(original, labels) is None
+        out |= _of_classes(np.stack(before), np.stack(after), labels if usable else None)
     for key in ("psnr_db", "ssim"):
         if out["problem"] and out[key]:
             # A sample without a figure is here the worst of all, and no mean can hold it.
@@ -68,6 +112,9 @@ def compared(original: Outputs, other: Outputs, labels: Array | None = None) -> 
     out["worst_input"] = None if out["exact"] else _lowest(quality)
     return out
 
+
+# Of what is larger the square is not finite.
+_LARGEST_PEAK = 1e150
 
 _FIGURES = (
     "exact",
@@ -128,9 +175,7 @@ def _of_classes(before: Array, after: Array, labels: Array | None) -> dict[str, 
         "top1_agreement": metrics.top_agreement(before, after, 1),
         "top5_agreement": metrics.top_agreement(before, after, 5),
     }
-    rows, classes = after.size // after.shape[-1], after.shape[-1]
-    # A label for each row of scores, and one of the classes.
-    if labels is not None and labels.size == rows and labels.max() < classes:
+    if labels is not None:
         out["top1_accuracy"] = metrics.accuracy(after, labels)
         out["perplexity"] = metrics.perplexity(_distributions(after), labels)
     return out

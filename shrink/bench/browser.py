@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shrink.bench import timing
 from shrink.bench._page import SOFTWARE, WEBGPU, Chromium, Condition, PageProblem, Visit, absence, executable, site
+from shrink.bench.document import CACHED
 from shrink.bench.plan import ORIGINAL, BrowserOptions, Cell, Sites, Values, Variant
 from shrink.errors import ShrinkError, printable
 from shrink.manifest import MANIFEST
@@ -43,7 +45,7 @@ _IN_WORDS = {
     None: "unthrottled",
     "10mbit": "10mbit: 10 Mbit/s, each answer waits 40 ms",
     "4g": "4g: 8.1 Mbit/s, each answer waits 165 ms",
-    "offline-cache": "offline-cache: the second visit, with the weights in the browser's cache",
+    CACHED: f"{CACHED}: the second visit, with the weights in the browser's cache",
 }
 _STEPS = ("download", "decode", "compile", "first_run", "first_picture")
 _MEMORY_HOW = {
@@ -54,11 +56,8 @@ _WITHOUT_GPU = "; what WebGPU holds is in another process and not counted"
 
 _PATIENCE_S = 300.0
 _MEMORY_PATIENCE_S = 10.0
-_WARM_UP = 2
-# A network that takes seconds would take hours for the visits and runs of all its variants.
+# A network that takes seconds would take hours for the visits of all its variants.
 _COLD_AT_MOST_S = 900.0
-_WARM_AT_MOST_S = 300.0
-_ROUNDS_AT_LEAST = 3
 # What an open page takes, roughly, and how much of the memory that is free they may take together.
 _PAGE_BYTES = 200e6
 _COPIES_OF_WEIGHTS = 4
@@ -103,7 +102,7 @@ class _Lane:
             "memory_peak": self.memory,
             "memory_how": self.memory_how,
             "cold": {"network": self.network, **_medians(self.cold), "samples": list(self.cold)} if self.cold else None,
-            "warm": _distribution(self.warm, self.ratios) if self.warm else None,
+            "warm": timing.distribution(self.warm) | {"ratio": _ratio(self.ratios)} if self.warm else None,
         }
         return Cell(self.variant, self.backend, latency, self.outputs)
 
@@ -112,13 +111,8 @@ def _medians(samples: Sequence[dict[str, float]]) -> dict[str, float]:
     return {step: round(statistics.median(sample[step] for sample in samples), 3) for step in _STEPS}
 
 
-def _distribution(samples: Sequence[float], ratios: Sequence[float]) -> dict[str, Any]:
-    return {
-        "samples": list(samples),
-        "median": round(statistics.median(samples), 3),
-        "p95": round(float(np.percentile(samples, 95)), 3),
-        "ratio": round(statistics.median(ratios), 4) if ratios else None,
-    }
+def _ratio(ratios: Sequence[float]) -> float | None:
+    return round(statistics.median(ratios), 4) if ratios else None
 
 
 def measure(
@@ -268,9 +262,11 @@ def as_json(sample: Values) -> list[list[str]]:
 
 async def _cold(lanes: Sequence[_Lane], chromium: Chromium, asked: _Measuring) -> None:
     """Every variant visited by one new visitor after the other; the first one also brings back the outputs."""
+    whole = [lane for lane in lanes if lane.problem is None]
     with contextlib.suppress(PageProblem):
         # A browser's first page is slower than all later ones, whatever it shows.
-        await (await chromium.open(next(lane.url for lane in lanes if lane.problem is None))).close()
+        for lane in whole[:1]:
+            await (await chromium.open(lane.url)).close()
     total = asked.options.cold_runs * len(lanes)
     start = time.monotonic()
     for number in range(asked.options.cold_runs):
@@ -300,7 +296,7 @@ async def _visited(lane: _Lane, chromium: Chromium, asked: _Measuring) -> None:
     network = asked.options.network
     # Later visits bring back no outputs.
     samples = [as_json(sample) for sample in (asked.samples[:1] if lane.outputs else asked.samples)]
-    if network == "offline-cache":
+    if network == CACHED:
         first = await chromium.open(lane.url)
         try:
             await first.call("visit", samples[:1])
@@ -387,13 +383,13 @@ class _Rounds:
             start = math.inf
             while self._going():
                 spent = max(0.0, time.monotonic() - start)
-                if rounds >= options.runs and spent >= options.seconds:
+                if timing.is_enough(rounds, spent, options):
                     return
-                if rounds >= _ROUNDS_AT_LEAST and spent > max(_WARM_AT_MOST_S, options.seconds):
+                if timing.is_too_long(rounds, spent, options):
                     for lane in self._going():
                         lane.notes.append(f"Only {rounds} warm runs, as they take long.")
                     return
-                share = min(1.0, rounds / max(options.runs, 1), spent / options.seconds if options.seconds else 1.0)
+                share = timing.share(rounds, spent, options)
                 where = self.lanes[0].backend
                 self.asked.progress(f"warm runs on {where}, round {rounds + 1}", int(1000 * share), 1000)
                 await self._round()
@@ -430,7 +426,7 @@ class _Rounds:
         about = await visit.call("visit", [as_json(self.asked.samples[0])])
         _check_backend(lane, about)
         lane.threads = about["threads"]
-        for _ in range(_WARM_UP):
+        for _ in range(timing.WARM_UP):
             await visit.call("run", 0)
         return visit
 

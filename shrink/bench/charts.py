@@ -109,10 +109,7 @@ def _backend_heading(document: Document, backend: str, cell: dict[str, Any]) -> 
 def _layers(document: Document) -> dict[str, Any] | None:
     """The SQNR of the output with one layer compressed, or that of the weights where no output was measured."""
     found = [
-        (number, layer)
-        for number, variant in enumerate(document["variants"])
-        for layer in variant["layers"] or ()
-        if isinstance(layer["name"], str)
+        (number, layer) for number, variant in enumerate(document["variants"]) for layer in variant["layers"] or ()
     ]
     key = "output_sqnr_db" if any(layer["output_sqnr_db"] is not None for _, layer in found) else "sqnr_db"
     known = sorted(
@@ -131,7 +128,11 @@ def _layers(document: Document) -> dict[str, Any] | None:
                 [
                     wording.name_of(layer["name"]),
                     f"{wording.name_of(document['variants'][number]['name'])}: {wording.decibels(layer[key])}",
-                    *([f"SQNR of its weights: {wording.decibels(layer['sqnr_db'])}"] if layer["sqnr_db"] else []),
+                    *(
+                        [f"SQNR of its weights: {wording.decibels(layer['sqnr_db'])}"]
+                        if layer["sqnr_db"] is not None
+                        else []
+                    ),
                     *([wording.size(layer["bytes"])] if layer["bytes"] is not None else []),
                 ]
             ),

@@ -17,15 +17,39 @@ from shrink.bench.schema import Check, Wrong, choice, count, flag, list_of, mapp
 from shrink.errors import BadInput
 from shrink.files import atomic_file, read_all
 
-__all__ = ["CELLS", "PLACES", "VERSION", "as_bytes", "checked", "read", "write"]
+__all__ = [
+    "CACHED",
+    "CELLS",
+    "NAME_CHARACTERS",
+    "PLACES",
+    "RUNS_AT_MOST",
+    "VARIANT_CHARACTERS",
+    "VERSION",
+    "WHAT_CHARACTERS",
+    "WHY_CHARACTERS",
+    "as_bytes",
+    "checked",
+    "cut",
+    "read",
+    "write",
+]
 
 VERSION = 1
 
 CELLS = ("wasm-1", "wasm", "webgpu")
 """Where latency is measured."""
 
-PLACES = ("native", "wasm", "webgpu")
+PLACES = ("native", *CELLS)
 """Where outputs are computed, each against native float32."""
+
+CACHED = "offline-cache"
+"""How the network of a cell begins whose visits are second ones, from the browser's cache."""
+
+NAME_CHARACTERS, VARIANT_CHARACTERS, WHAT_CHARACTERS, WHY_CHARACTERS = 1024, 200, 300, 4096
+"""The most that a name in the network, one of a variant, and an entry of `not_measured` have."""
+
+RUNS_AT_MOST = 100_000
+"""Of one variant on one backend, and samples of one figure."""
 
 _AT_MOST_BYTES = 1 << 26
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -80,6 +104,11 @@ def as_bytes(document: dict[str, Any]) -> bytes:
     return json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
 
 
+def cut(name: str, at_most: int = NAME_CHARACTERS) -> str:
+    """A name as long as a document can hold: one of an ONNX graph may have any length."""
+    return name if len(name) <= at_most else name[: at_most - 1] + "…"
+
+
 def write(document: dict[str, Any], path: Path) -> None:
     """Write the document, whole or not at all. Raises OutputError."""
     with atomic_file(path) as out:
@@ -98,10 +127,11 @@ def _png(value: object, place: str) -> str:
     return str(data)
 
 
+_name = text(NAME_CHARACTERS)
 _ms = number(0)
 _bytes = count
 _share = number(0, 1)
-_samples = list_of(_ms, 100_000)
+_samples = list_of(_ms, RUNS_AT_MOST)
 _shape = list_of(count, 32)
 
 
@@ -110,7 +140,7 @@ def _per(places: tuple[str, ...], inner: Check) -> Check:
 
 
 # A figure of every sample is null where nothing differs, or where it cannot be said.
-_FIGURE = record({"samples": list_of(or_null(number()), 100_000)}, {"mean": number(), "worst": number()})
+_FIGURE = record({"samples": list_of(or_null(number()), RUNS_AT_MOST)}, {"mean": number(), "worst": number()})
 
 _ACCURACY = record(
     {},
@@ -173,12 +203,12 @@ _PICTURES = record(
 )
 
 _LAYER = record(
-    {"name": text(), "shape": _shape},
+    {"name": _name, "shape": _shape},
     {"mode": text(), "sqnr_db": number(), "output_sqnr_db": number(), "bytes": _bytes},
 )
 
 _VARIANT = record(
-    {"name": text(200)},
+    {"name": text(VARIANT_CHARACTERS)},
     {
         "mode": text(),
         "file": text(4096),
@@ -198,7 +228,7 @@ _DOCUMENT = record(
         "created": text(64),
         "partial": flag,
         "variants": list_of(_VARIANT, 64),
-        "not_measured": list_of(record({"what": text(300), "why": text(4096)}), 1000),
+        "not_measured": list_of(record({"what": text(WHAT_CHARACTERS), "why": text(WHY_CHARACTERS)}), 1000),
     },
     {
         "command": text(100_000),
@@ -219,10 +249,11 @@ _DOCUMENT = record(
             {"weights": count},
             {
                 "file": text(4096),
-                "inputs": list_of(record({"name": text(), "dtype": text(), "shape": _shape}), 10_000),
+                "inputs": list_of(record({"name": _name, "dtype": text(), "shape": _shape}), 10_000),
                 "outputs": list_of(
                     record(
-                        {"name": text(), "shape": _shape, "kind": choice("image", "classes", "sequence", "other")},
+                        {"name": _name, "shape": _shape, "kind": choice("image", "classes", "sequence", "other")},
+                        {"peak": number(0)},  # of PSNR and SSIM, for pictures
                     ),
                     10_000,
                 ),

@@ -9,7 +9,9 @@ from typing import Any
 from urllib.parse import quote
 
 from shrink.bench.document import read
-from shrink.bench.report import summary, template
+from shrink.bench.markup import template
+from shrink.bench.pictures import PIXELS_AT_MOST, pixels_of
+from shrink.bench.report import summary
 from shrink.errors import ShrinkError, printable
 from shrink.files import atomic_file, io_errors
 
@@ -35,7 +37,7 @@ def index(folder: Path) -> None:
     with io_errors(folder):
         files = sorted(file for file in folder.iterdir() if file.suffix == ".html" and file.name != NAME)
     reports = sorted(map(_report, files), key=lambda report: report["json"] is None)
-    page = template("index.html", "report.css", [], {"reports": reports})
+    page = template("index.html", [], {"reports": reports})
     with atomic_file(folder / NAME) as out:
         out.write(page.encode())
 
@@ -50,7 +52,7 @@ def _report(file: Path) -> dict[str, Any]:
         return {**plain, "about": _titled(file), "answer": "", "numbers": ""}
     found = [variant["pictures"] for variant in document["variants"] if variant["pictures"]]
     pictures = [one["original"] for pair in found for one in (pair.get("typical"), pair.get("worst")) if one]
-    small = next((picture for picture in pictures if len(picture) <= _PICTURE_AT_MOST), None)
+    small = next((p for p in pictures if len(p) <= _PICTURE_AT_MOST and 0 < pixels_of(p) <= PIXELS_AT_MOST), None)
     return {**plain, **summary(document), "json": _href(data), "picture": small}
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shrink.bench import accuracy, browser, peers, server, size, variants
-from shrink.bench.document import VERSION
+from shrink.bench.document import VARIANT_CHARACTERS, VERSION, WHAT_CHARACTERS, WHY_CHARACTERS, cut
 from shrink.bench.drawing import BUDGET_BYTES, drawn
+from shrink.bench.machine import machine
 from shrink.bench.metrics import kind_of
 from shrink.bench.plan import BACKENDS, NETWORKS, ORIGINAL, Cell, OnDocument, Plan, Variant
 from shrink.bench.samples import Samples, inputs_of, samples
@@ -51,6 +48,8 @@ def _check(plan: Plan) -> None:
     """Refuse what makes no sense before anything is measured. Raises UsageError."""
     for mode in plan.modes:
         variants.recipe_of(mode)
+        if len(mode) > VARIANT_CHARACTERS:
+            raise UsageError(f"a mode has more than {VARIANT_CHARACTERS} characters")
     if len(plan.files or plan.modes) > _VARIANTS_AT_MOST:
         raise UsageError(f"more than {_VARIANTS_AT_MOST} variants")
     if len(set(plan.modes)) < len(plan.modes):
@@ -72,13 +71,14 @@ class _Benchmark:
         self.sites = variants.ExportedSites(folder / "sites", plan.runtime)
         self.native: dict[str, accuracy.Outputs] = {}
         self.half = False
+        self.peak: float | None = None
         self.document: dict[str, Any] = {
             "shrink_bench": VERSION,
             "title": plan.network.title,
             "created": plan.created,
             "partial": True,
             "command": plan.command,
-            "machine": _machine(),
+            "machine": machine(),
             "browser": None,
             "model": None,
             "inputs": None,
@@ -97,13 +97,21 @@ class _Benchmark:
         inputs = inputs_of(first.network)
         given = samples(inputs, self.plan.inputs)
         reference = accuracy.Reference(first, given.values, self.progress)
+        given = self._usable(given, reference.outputs)
+        self.peak = accuracy.peak(reference.outputs)
         self.document["model"] = {
             "file": self.plan.source,
             "weights": size.weights_of(first),
-            "inputs": [{"name": i.name, "dtype": i.dtype, "shape": list(i.shape)} for i in inputs],
+            "inputs": [{"name": cut(i.name), "dtype": i.dtype, "shape": list(i.shape)} for i in inputs],
             "outputs": [
-                {"name": name, "shape": list(values.shape), "kind": kind_of(values.shape)}
-                for name, values in reference.outputs[0].items()
+                {
+                    "name": cut(name),
+                    "shape": list(values.shape),
+                    "kind": kind_of(values.shape),
+                    # The network is judged by its first output.
+                    "peak": None if number else self.peak,
+                }
+                for number, (name, values) in enumerate(reference.outputs[0].items())
             ],
         }
         count, labels = len(given.values), given.labels is not None
@@ -125,9 +133,17 @@ class _Benchmark:
         self.on_document(copy.deepcopy(self.document))
 
     def _missing(self, what: str, why: object) -> None:
-        entry = {"what": what, "why": str(why)}
+        entry = {"what": cut(what, WHAT_CHARACTERS), "why": cut(str(why), WHY_CHARACTERS)}
         if entry not in self.document["not_measured"]:
             self.document["not_measured"].append(entry)
+
+    def _usable(self, given: Samples, outputs: accuracy.Outputs) -> Samples:
+        """The samples, without labels where these say nothing of the outputs."""
+        why = None if given.labels is None else accuracy.unusable(outputs, given.labels)
+        if why is None:
+            return given
+        self._missing("what the labels say", why)
+        return dataclasses.replace(given, labels=None)
 
     def _by_modes(self, first: Variant) -> Iterator[Variant]:
         """The variants of the modes, each made when it is its turn; one that does not go leaves its reason."""
@@ -177,7 +193,7 @@ class _Benchmark:
             self._missing(f"{variant.name}: outputs", error)
             return
         self.native[variant.name] = outputs
-        entry["accuracy"]["native"] = figures = accuracy.compared(reference.outputs, outputs, given.labels)
+        entry["accuracy"]["native"] = figures = accuracy.compared(reference.outputs, outputs, given.labels, self.peak)
         if figures["psnr_db"] is not None:
             name = next(iter(reference.outputs[0]))
             entry["pictures"] = drawn(
@@ -193,11 +209,19 @@ class _Benchmark:
 
     def _under_brotli(self, found: Sequence[Variant]) -> None:
         """Last of all: it takes minutes, and who does not wait for it has everything else."""
-        backend = (self.plan.browser.backends or BACKENDS)[0]
+        asked = (self.plan.browser.backends or BACKENDS)[0]
         for variant, entry in zip(found, self.document["variants"], strict=True):
             if entry["size"] is None:
                 continue
-            count, why = size.under_brotli(variant, self.sites, backend, self.progress, slow=self.plan.slow)
+            # The weights are the same for all: any that it could be exported for will do.
+            backend = next(iter(entry["size"]["first_visit"]), asked)
+            count, why = None, ""
+            try:
+                count, why = size.under_brotli(variant, self.sites, backend, self.progress, slow=self.plan.slow)
+            except MissingDependency:
+                raise
+            except ShrinkError as error:
+                why = str(error)
             entry["size"]["wire_brotli"] = count
             if why:
                 self._missing(f"{variant.name}: weights under brotli 11", why)
@@ -220,6 +244,9 @@ class _Benchmark:
         self._told()
 
     def _in_the_browser(self, found: Sequence[Variant], given: Samples) -> None:
+        for backend in BACKENDS:
+            if backend not in self.plan.browser.backends:
+                self._missing(backend, "it was left out, with --backends")
         if not self.plan.browser.backends:
             return
         shown = given.values[:_BROWSER_SAMPLES]
@@ -244,7 +271,7 @@ class _Benchmark:
     def _cell(self, cell: Cell, labels: Any) -> None:
         entry = next(v for v in self.document["variants"] if v["name"] == cell.variant)
         entry["latency"][cell.backend] = cell.latency
-        if cell.outputs and cell.backend in ("wasm", "webgpu"):
+        if cell.outputs:
             entry["accuracy"][cell.backend] = self._judged(cell.variant, cell.outputs, labels)
         self._told()
 
@@ -252,7 +279,7 @@ class _Benchmark:
         count = len(outputs)
         if name not in self.native:
             return None
-        figures = accuracy.compared(self.native[ORIGINAL][:count], outputs, labels)
+        figures = accuracy.compared(self.native[ORIGINAL][:count], outputs, labels, self.peak)
         return accuracy.judged(figures, self.native[name][:count], outputs, half=self.half)
 
     def _server(self, reference: accuracy.Reference, given: Samples) -> None:
@@ -261,35 +288,3 @@ class _Benchmark:
         except ShrinkError as error:
             self._missing("the server", error)
         self._told()
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "onnxruntime": _version("onnxruntime"),
-        "shrink": _version("shrink"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str | None:
-    """The name of the processor, as Linux has it or else as Python does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()[:200]
-    return platform.processor() or platform.machine() or None

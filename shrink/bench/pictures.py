@@ -10,11 +10,14 @@ from typing import Any
 from shrink.bench import wording
 from shrink.errors import printable
 
-__all__ = ["Group", "Original", "Picture", "Pictures", "pictures"]
+__all__ = ["PIXELS_AT_MOST", "Group", "Original", "Picture", "Pictures", "pictures", "pixels_of"]
 
 _HEADINGS = {"worst": "The worst case", "typical": "A typical case"}
 _MARKUP_BYTES = 1500
-_LARGEST_SIDE = 1 << 14
+# A file of a few kB can be a picture of gigabytes once it is shown.
+PIXELS_AT_MOST = 1 << 22
+"""Of one picture."""
+_PIXELS_OF_ALL = 1 << 26
 
 Document = dict[str, Any]
 
@@ -60,9 +63,10 @@ class Pictures:
 
 @dataclass
 class _Room:
-    """How many bytes are left, and the originals that take none any more."""
+    """How many bytes and pixels are left, and the originals that take none any more."""
 
     left: int
+    pixels: int = _PIXELS_OF_ALL
     originals: dict[str, Original] = field(default_factory=dict)
 
 
@@ -103,19 +107,24 @@ def _none(document: Document) -> str:
 def _picture(variant: dict[str, Any], found: dict[str, Any], room: _Room) -> Picture | None:
     """None where it does not fit, or is too large to be shown."""
     data = found["original"]
-    width, height = _dimensions(data)
-    if not 0 < width <= _LARGEST_SIDE or not 0 < height <= _LARGEST_SIDE:
-        return None
-    cost = len(found["variant"]) + len(found["difference_x10"]) + _MARKUP_BYTES
-    cost += 0 if data in room.originals else len(data)
-    if cost > room.left:
+    new = [found["variant"], found["difference_x10"], *([] if data in room.originals else [data])]
+    cost, pixels = sum(map(len, new)) + _MARKUP_BYTES, [pixels_of(picture) for picture in new]
+    if not all(0 < count <= PIXELS_AT_MOST for count in pixels) or cost > room.left or sum(pixels) > room.pixels:
         return None
     room.left -= cost
+    room.pixels -= sum(pixels)
+    width, height = _dimensions(data)
     original = room.originals.setdefault(data, Original(f"original-{len(room.originals)}", width, height, data))
     name, number = wording.name_of(variant["name"]), found["input"]
     note = f"; {printable(found['note'], at_most=200)}" if found.get("note") else ""
     parts = (original.id, found["variant"], found["difference_x10"], _words(variant, number) + note)
     return Picture(name, number, width, height, *parts)
+
+
+def pixels_of(data: str) -> int:
+    """How many pixels a PNG file in base64 says that it has."""
+    width, height = _dimensions(data)
+    return width * height
 
 
 def _dimensions(data: str) -> tuple[int, int]:

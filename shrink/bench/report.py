@@ -7,20 +7,17 @@ scripts the tables remain. Its content security policy lets nothing in but what 
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shrink.bench import tables, wording
 from shrink.bench.charts import charts
 from shrink.bench.document import CELLS, as_bytes, checked
+from shrink.bench.markup import AT_MOST_BYTES, inert, template, text
 from shrink.bench.pictures import Pictures, pictures
 from shrink.bench.verdicts import (
     RULES,
@@ -34,20 +31,15 @@ from shrink.bench.verdicts import (
     verdicts,
     weights_on_the_wire,
 )
-from shrink.errors import BadInput, MissingDependency, printable
+from shrink.errors import BadInput, printable
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
+__all__ = ["AT_MOST_BYTES", "render", "summary"]
 
-__all__ = ["AT_MOST_BYTES", "render", "summary", "template"]
-
-AT_MOST_BYTES = 1_500_000
 _DATA_AT_MOST = 400_000
 _ENTRIES_SHOWN = 200
 
 Document = dict[str, Any]
 
-_TEMPLATES = Path(__file__).parent / "templates"
 # Observable Plot puts this into every chart; a policy knows a style by its hash.
 _PLOT_STYLE = """:where(.plot-d6a7b5) {
   --plot-background: white;
@@ -115,10 +107,10 @@ class Data:
 
 def _data(document: Document) -> Data:
     bare = {**document, "variants": [{**variant, "pictures": None} for variant in document["variants"]]}
-    text = as_bytes(bare)
+    content = as_bytes(bare)
     name = re.sub(r"[^a-z0-9]+", "-", document["title"].lower()).strip("-")[:60] or "report"
     pictured = any(variant["pictures"] for variant in document["variants"])
-    return Data(f"{name}.json", base64.b64encode(text).decode(), wording.size(len(text)), pictured)
+    return Data(f"{name}.json", base64.b64encode(content).decode(), wording.size(len(content)), pictured)
 
 
 def _page(document: Document, shown: Pictures, data: Data | None) -> str:
@@ -126,6 +118,7 @@ def _page(document: Document, shown: Pictures, data: Data | None) -> str:
     verdict = best(document)
     software = wording.software_words(document, "webgpu")
     drawn = charts(document)
+    networks = wording.networks(document)
     server = document["server"]
     names = (*CELLS, *(variant["name"] for variant in document["variants"]))
     context = {
@@ -142,7 +135,8 @@ def _page(document: Document, shown: Pictures, data: Data | None) -> str:
         "checks": [{"met": check["met"], "words": _check(check)} for check in document["checks"] or ()],
         "picture": picture,
         "software": software,
-        "network_words": _network(document),
+        "visit": "second" if wording.is_cached(document) else "first",
+        "network_words": f" (network: {', '.join(networks)})" if networks else "",
         "charts": drawn,
         "overview_missing": f"Accuracy: {wording.why(document, 'accuracy', *names)}.",
         "latency_missing": f"First visits: {_no_first_visit(document)}.",
@@ -168,8 +162,8 @@ def _page(document: Document, shown: Pictures, data: Data | None) -> str:
         "not_measured": _not_measured(document),
         "data": data,
     }
-    scripts = [_library("d3"), _library("plot"), _text("report.js")]
-    return template("report.html", "report.css", scripts, {**context, "charts_json": _inert(drawn)}, [_PLOT_STYLE])
+    scripts = [_library("d3"), _library("plot"), text("report.js")]
+    return template("report.html", scripts, {**context, "charts_json": inert(drawn)}, [_PLOT_STYLE])
 
 
 def summary(document: Document) -> dict[str, str]:
@@ -259,16 +253,6 @@ def _check(check: dict[str, Any]) -> str:
     return f"{words} ({printable(check['why'], at_most=400)})" if check["why"] else words
 
 
-def _network(document: Document) -> str:
-    found = {
-        cell["cold"]["network"]
-        for variant in document["variants"]
-        for cell in (variant["latency"] or {}).values()
-        if cell and cell["cold"] and cell["cold"]["network"]
-    }
-    return f" (network: {', '.join(sorted(map(wording.name_of, found)))})" if found else ""
-
-
 def _no_first_visit(document: Document) -> str:
     """Why there is none: what keeps one backend from it is the reason only where there is no other."""
     measured = any(variant["latency"] for variant in document["variants"])
@@ -293,8 +277,8 @@ def _wrong(document: Document) -> list[str]:
                 by = accuracy["wrong_by"]
                 amount = f", off by {wording.percent(by)} of the largest output" if by is not None else ""
                 found.append(
-                    f"{wording.place_words(place)} does not compute {wording.name_of(variant['name'])} as native "
-                    f"arithmetic does with the same weights{amount}."
+                    f"{wording.where_computed(variant, place)} does not compute {wording.name_of(variant['name'])} as "
+                    f"native arithmetic does with the same weights{amount}."
                 )
     return found
 
@@ -342,7 +326,7 @@ def _shape(tensor: dict[str, Any]) -> str:
 
 
 def _not_measured(document: Document) -> list[tuple[str, str]]:
-    entries = [(entry["what"], entry["why"]) for entry in document["not_measured"]]
+    entries = list(dict.fromkeys((entry["what"], entry["why"]) for entry in document["not_measured"]))
     more = len(entries) - _ENTRIES_SHOWN
     return entries[:_ENTRIES_SHOWN] + ([("And more", f"{more} entries, in the JSON data")] if more > 0 else [])
 
@@ -350,61 +334,7 @@ def _not_measured(document: Document) -> list[tuple[str, str]]:
 # The page
 
 
-@cache
-def _text(name: str) -> str:
-    return (_TEMPLATES / name).read_text(encoding="utf-8")
-
-
 def _library(name: str) -> str:
     """A library with its licence, whose text must go where its code goes."""
     script = {"d3": "d3.min.js", "plot": "plot.umd.min.js"}[name]
-    return f"/*!\n{_text(f'vendor/{name}.LICENSE')}*/\n{_text(f'vendor/{script}')}"
-
-
-def template(name: str, style: str, scripts: Sequence[str], context: dict[str, Any], styles: Sequence[str] = ()) -> str:
-    """A page of our own with its style sheet and scripts in it, and a policy that allows these and nothing else.
-
-    `styles` are those that a script adds. Raises MissingDependency.
-    """
-    environment = _environment()
-    from markupsafe import Markup
-
-    css = _text(style)
-    sources = " ".join(map(_hash, scripts)) or "'none'"
-    policy = (
-        f"default-src 'none'; script-src {sources}; style-src {' '.join(map(_hash, (css, *styles)))}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    # Ours, and hashed: it goes in as it is.
-    given = {"css": Markup(css), "scripts": [Markup(script) for script in scripts]}
-    return environment.get_template(name).render({**context, **given, "policy": policy}) + "\n"
-
-
-def _environment() -> Environment:
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingDependency("jinja2", "bench") from None
-
-    def shown(value: object) -> object:
-        """Whatever is put into a page: text from the document cannot change how the rest of the page reads."""
-        return printable(value, at_most=AT_MOST_BYTES) if type(value) is str else value
-
-    loader = jinja2.FileSystemLoader(_TEMPLATES)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=shown)
-    return environment
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _inert(value: object) -> Any:
-    """JSON that cannot end the element it stands in."""
-    try:
-        from markupsafe import Markup
-    except ImportError:
-        raise MissingDependency("jinja2", "bench") from None
-
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+    return f"/*!\n{text(f'vendor/{name}.LICENSE')}*/\n{text(f'vendor/{script}')}"

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shrink.bench import timing
 from shrink.bench._page import PAGE, Chromium, PageProblem, absence, executable
 from shrink.bench.metrics import kind_of
 from shrink.bench.plan import BrowserOptions, Values
@@ -29,9 +29,6 @@ __all__ = ["measure"]
 
 _SHOW = Path(__file__).parents[1] / "web" / "pages" / "show.js"
 _PATIENCE_S = 300.0
-_WARM_UP = 2
-_AT_MOST_S = 300.0
-_RUNS_AT_LEAST = 3
 _TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
 
 
@@ -65,9 +62,7 @@ def measure(
         except PageProblem as problem:
             raise OutputError(str(problem)) from None
     return {
-        "samples": samples,
-        "median": round(statistics.median(samples), 3),
-        "p95": round(float(np.percentile(samples, 95)), 3),
+        **timing.distribution(samples),
         "note": f"Flask {version('flask')} on this machine, which answers one page at a time: "
         "a visitor waits for the way to the server and for other visitors as well",
     }
@@ -83,15 +78,12 @@ async def _requests(
         chromium = Chromium(playwright, path, (), patience_s)
         try:
             visit = await chromium.open(f"{url}bench.html")
-            for _ in range(_WARM_UP):
+            for _ in range(timing.WARM_UP):
                 await visit.call("request", "run", body)
             samples: list[float] = []
             start = time.monotonic()
-            while not _is_enough(len(samples), spent := time.monotonic() - start, options):
-                share = min(
-                    1.0, len(samples) / max(options.runs, 1), spent / options.seconds if options.seconds else 1.0
-                )
-                progress("requests to the server", int(1000 * share), 1000)
+            while not _is_over(len(samples), spent := time.monotonic() - start, options):
+                progress("requests to the server", int(1000 * timing.share(len(samples), spent, options)), 1000)
                 samples.append(round(await visit.call("request", "run", body), 4))
             await visit.close()
         finally:
@@ -99,10 +91,8 @@ async def _requests(
     return samples
 
 
-def _is_enough(runs: int, seconds: float, options: BrowserOptions) -> bool:
-    if runs >= options.runs and seconds >= options.seconds:
-        return True
-    return runs >= _RUNS_AT_LEAST and seconds > max(_AT_MOST_S, options.seconds)
+def _is_over(runs: int, seconds: float, options: BrowserOptions) -> bool:
+    return timing.is_enough(runs, seconds, options) or timing.is_too_long(runs, seconds, options)
 
 
 def _bytes(values: Any) -> bytes:

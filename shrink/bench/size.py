@@ -15,7 +15,7 @@ from typing import Any
 from shrink import manifest
 from shrink.bench.plan import ORIGINAL, Sites, Variant
 from shrink.bench.variants import file_bytes
-from shrink.errors import MissingDependency
+from shrink.errors import MissingDependency, ShrinkError
 from shrink.files import file_size, io_errors
 from shrink.progress import Progress
 
@@ -57,47 +57,57 @@ def sizes(
 ) -> Sizes:
     """The bytes of a variant, from the very files of its exported pages; without `wire_brotli`, see `under_brotli`.
 
-    `slow` asks for brotli of the runtime as well. `weights_count` is how many weights the original has: a variant with
-    a graph of its own may hold codes, which are no floats.
+    A backend that it cannot be exported for is missing. `slow` asks for brotli of the runtime as well. `weights_count`
+    is how many weights the original has: a variant with a graph of its own may hold codes, which are no floats.
 
     Raises:
-        ShrinkError: it cannot be exported.
+        OutputError: its file cannot be read.
         MissingDependency: the package brotli is not installed.
     """
     out = Sizes({"file": file_bytes(variant), "runtime": {}, "first_visit": {}, "first_visit_parts": {}})
+    out.size |= dict.fromkeys(("wire_raw", "wire_gzip", "wire_brotli", "graph", "bits_per_weight", "page"))
     out.size["first_visit_how"] = _HOW
     for backend in backends:
-        folder = sites.folder(variant, backend, progress)
-        about, _ = manifest.read(folder)
-        weights, graph = folder / about["weights"], folder / about["model"]
-        if "wire_raw" not in out.size:
-            out.size["wire_raw"] = file_size(weights)
-            out.size["wire_gzip"] = gzip(weights, _named(progress, f"{variant.name}: gzip -9"))
-            out.size["wire_brotli"] = None
-            out.size["graph"] = file_size(graph)
-            out.size["bits_per_weight"] = 8 * file_size(weights) / max(1, weights_count or weights_of(variant))
-        runtime = [folder / about["runtime"][role] for role in ("api", "module", "wasm")]
-        page = sorted({folder / name for name in loaded(folder, about)} - {*runtime, weights, graph})
-        progress(f"runtime for {backend}", 0, 1)
-        out.size["runtime"][backend] = taken = _runtime(runtime, slow=slow)
-        if not slow and variant.name == ORIGINAL:
-            out.missing.append(
-                (f"runtime for {backend} under brotli 11", _too_long(taken["raw"], "the page has it gzipped"))
-            )
-        out.size["page"] = {
-            "raw": sum(map(file_size, page)),
-            "gzip": sum(_gzip_of(_read(f)) for f in page),
-            "brotli": sum(map(served, page)),
-        }
-        parts = {
-            "weights": served(weights),
-            "graph": served(graph),
-            "runtime": sum(map(served, runtime)),
-            "page": sum(map(served, page)),
-        }
-        out.size["first_visit_parts"][backend] = parts
-        out.size["first_visit"][backend] = sum(parts.values())
+        try:
+            _add(out, variant, backend, sites.folder(variant, backend, progress), progress, slow=slow)
+        except MissingDependency:
+            raise
+        except ShrinkError as error:
+            out.missing.append((f"{variant.name}: sizes on {backend}", str(error)))
+    if out.size["wire_raw"] is not None:
+        out.size["bits_per_weight"] = 8 * out.size["wire_raw"] / max(1, weights_count or weights_of(variant))
     return out
+
+
+def _add(out: Sizes, variant: Variant, backend: str, folder: Path, progress: Progress, *, slow: bool) -> None:
+    """What the page of one backend has, and what the pages of all have where it is not there yet."""
+    about, _ = manifest.read(folder)
+    weights, graph = folder / about["weights"], folder / about["model"]
+    runtime = [folder / about["runtime"][role] for role in ("api", "module", "wasm")]
+    page = sorted({folder / name for name in loaded(folder, about)} - {*runtime, weights, graph})
+    if out.size["wire_raw"] is None:
+        wire = {"wire_raw": file_size(weights), "graph": file_size(graph)}
+        out.size |= {**wire, "wire_gzip": gzip(weights, _named(progress, f"{variant.name}: gzip -9"))}
+    progress(f"runtime for {backend}", 0, 1)
+    taken = _runtime(runtime, slow=slow)
+    parts = {
+        "weights": served(weights),
+        "graph": served(graph),
+        "runtime": sum(map(served, runtime)),
+        "page": sum(map(served, page)),
+    }
+    out.size["page"] = {
+        "raw": sum(map(file_size, page)),
+        "gzip": sum(_gzip_of(_read(f)) for f in page),
+        "brotli": parts["page"],
+    }
+    out.size["runtime"][backend] = taken
+    out.size["first_visit_parts"][backend] = parts
+    out.size["first_visit"][backend] = sum(parts.values())
+    if not slow and variant.name == ORIGINAL:
+        out.missing.append(
+            (f"runtime for {backend} under brotli 11", _too_long(taken["raw"], "the page has it gzipped"))
+        )
 
 
 def weights_of(variant: Variant) -> int:
@@ -133,6 +143,10 @@ def under_brotli(
     """Bytes of the weights on the wire under brotli 11; None and why, where they are more than `BROTLI_AT_MOST`.
 
     Apart from the other sizes, for it takes longer than all the rest. `slow` asks for it whatever their size.
+
+    Raises:
+        ShrinkError: it cannot be exported for this backend.
+        MissingDependency: the package brotli is not installed.
     """
     folder = sites.folder(variant, backend, progress)
     file = folder / manifest.read(folder)[0]["weights"]

@@ -204,7 +204,7 @@ def accuracy(document: Document) -> Table:
         for place in PLACES:
             if place not in places:
                 continue
-            start = (_name(variant), _where(document, place, None))
+            start = (_name(variant), _at(document, place, wording.where_computed(variant, place)))
             record = places[place]
             if not record:
                 rows.append(Row(start, _problem_of(document, variant, place)))
@@ -213,7 +213,8 @@ def accuracy(document: Document) -> Table:
             cells += [_cell(record[key], words) for key, _, words in numbers]
             cells.append(_cell(record["worst_input"], lambda value: f"{value:.0f}"))
             rows.append(Row((*start, _right(record, place), *cells)))
-    caption = f"Outputs against those of float32 in native arithmetic, on the same inputs.{_tolerance(found)}"
+    caption = "Outputs against those of float32 in native arithmetic, on the same inputs."
+    caption += _peak(document) + _tolerance(found)
     return _table("accuracy", caption, columns, rows)
 
 
@@ -242,6 +243,11 @@ def _right(record: dict[str, Any], place: str) -> Cell:
     return Cell("Wrong", "wrong", note, bad=True)
 
 
+def _peak(document: Document) -> str:
+    peak = wording.peak(document)
+    return "" if peak is None else f" PSNR and SSIM are by a peak of {peak:.4g}."
+
+
 def _tolerance(found: Sequence[dict[str, Any]]) -> str:
     known = {record["tolerance"] for record in found if record["tolerance"] is not None}
     if not known:
@@ -253,16 +259,20 @@ def _tolerance(found: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _where(document: Document, place: str, cell: dict[str, Any] | None) -> Cell:
-    shown = wording.backend_words(place, cell) if place in CELLS and cell else wording.place_words(place)
+def _where(document: Document, backend: str, cell: dict[str, Any]) -> Cell:
+    return _at(document, backend, wording.backend_words(backend, cell) if cell else wording.place_words(backend))
+
+
+def _at(document: Document, place: str, shown: str) -> Cell:
     return Cell(shown, shown.lower(), "in software, no GPU" if wording.software_words(document, place) else "")
 
 
 def _problem_of(document: Document, variant: dict[str, Any], place: str) -> str:
     """What happened there, or why nothing was measured."""
-    for cell in CELLS:
+    # Where WebAssembly is not told apart by its threads, either may say it.
+    for cell in sorted(CELLS, key=lambda cell: cell != place):
         found = (variant["latency"] or {}).get(cell)
-        if cell.partition("-")[0] == place and found and found["problem"]:
+        if place in (cell, cell.partition("-")[0]) and found and found["problem"]:
             return f"not measured: {printable(found['problem'], at_most=400)}"
     return wording.why(document, "accuracy", variant["name"], place)
 
@@ -304,13 +314,13 @@ def cold(document: Document, picture: str) -> Table:
         rows.append(Row((*start, total, *cells, Cell(str(count), count))))
     columns = [("Variant", False), ("Backend", False), (f"First {picture}", True)]
     columns += [(label, True) for _, label in steps] + [("Runs", True)]
-    networks = {
-        wording.name_of(cell["cold"]["network"])
-        for _, _, cell in _latency_rows(document)
-        if cell and cell["cold"] and cell["cold"]["network"]
-    }
-    network = f" Network: {', '.join(sorted(networks))}." if networks else ""
-    caption = f"A first visit: a fresh browser each time, medians, with the smallest and the largest.{network}"
+    networks = wording.networks(document)
+    network = f" Network: {', '.join(networks)}." if networks else ""
+    if wording.is_cached(document):
+        visit = "A second visit: each time by a visitor who was here once and has the weights in the browser's cache"
+    else:
+        visit = "A first visit: a fresh browser each time"
+    caption = f"{visit}, medians, with the smallest and the largest.{network}"
     return _table("cold", caption, columns, rows + _no_latency(document))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 from shrink import container, formats, site
 from shrink import recipe as recipes
 from shrink.bench.plan import ORIGINAL, Variant
-from shrink.errors import BadInput, UsageError, printable
+from shrink.errors import BadInput, ShrinkError, UsageError, printable
 from shrink.export import Network, onnxruntime_web
 from shrink.export.onnxruntime_web import graph_inputs
-from shrink.files import file_size
+from shrink.files import file_size, io_errors
 from shrink.formats import safetensors
 from shrink.formats._onnx_proto import NAMED_DTYPES, Reader, parse
 from shrink.model import Entry, Model, Tensor
@@ -177,20 +178,32 @@ class ExportedSites:
     def __init__(self, folder: Path, runtime: Path | None = None):
         self._folder = folder
         self._runtime = runtime
-        self._made: dict[tuple[str, str], Path] = {}
+        self._made: dict[tuple[str, str], Path | ShrinkError] = {}
 
     def folder(self, variant: Variant, backend: str, progress: Progress) -> Path:
         key = (variant.name, backend)
         if key not in self._made:
             # Not the variant's name, which is the user's.
             folder = self._folder / f"site-{len(self._made)}-{backend}"
+            try:
+                self._made[key] = self._exported(folder, variant, backend, progress)
+            except ShrinkError as error:
+                # Asked for again it would take as long to fail again.
+                self._made[key] = error
+                shutil.rmtree(folder, ignore_errors=True)
+        made = self._made[key]
+        if isinstance(made, ShrinkError):
+            raise made
+        return made
+
+    def _exported(self, folder: Path, variant: Variant, backend: str, progress: Progress) -> Path:
+        with io_errors(folder):
             folder.mkdir(parents=True)
-            exported = onnxruntime_web.export(
-                variant.network, folder, None, progress, backend=backend, runtime=self._runtime
-            )
-            site.add_page(folder, onnxruntime_web.NAME, variant.network.title, exported)
-            self._made[key] = folder
-        return self._made[key]
+        exported = onnxruntime_web.export(
+            variant.network, folder, None, progress, backend=backend, runtime=self._runtime
+        )
+        site.add_page(folder, onnxruntime_web.NAME, variant.network.title, exported)
+        return folder
 
 
 def file_bytes(variant: Variant) -> int:

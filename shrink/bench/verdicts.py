@@ -27,6 +27,7 @@ __all__ = [
 
 Tone = Literal["original", "ship", "look", "no", "unknown"]
 Level = Literal["good", "fair", "poor"]
+State = Literal["wrong", "broken", "right"]
 
 # Below these the eye sees nothing, and little: PSNR of 8-bit pictures, the usual figures of lossy image coding.
 _PSNR_GOOD, _PSNR_FAIR = 40.0, 30.0
@@ -38,7 +39,9 @@ _SAME_SPEED = 0.05
 _TOO_SLOW = 1.25
 
 RULES = (
-    f"Pictures: a worst PSNR of {_PSNR_GOOD:.0f} dB or more is good, {_PSNR_FAIR:.0f} dB or more fair.",
+    f"Pictures: a worst PSNR of {_PSNR_GOOD:.0f} dB or more is good, {_PSNR_FAIR:.0f} dB or more fair. The peak of "
+    "PSNR and SSIM is 1 where the original's values are from 0 to 1, 2 where they are from \N{MINUS SIGN}1 to 1, 255 "
+    "where they are bytes, and else the range that they have.",
     f"Classes and sequences: a top-1 accuracy at most {_POINTS_GOOD * 100:.0f} percentage point below that of float32 "
     f"is good, at most {_POINTS_FAIR * 100:.0f} fair; without labels, the same best class for "
     f"{_AGREEMENT_GOOD * 100:.0f} % of the inputs is good, for {_AGREEMENT_FAIR * 100:.0f} % fair.",
@@ -238,30 +241,38 @@ def _speed_words(ratio: float) -> str:
 
 
 def _backends(variant: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]], list[str]]:
-    """Backends that are wrong, those that failed with what happened, and those that are right."""
+    """Backends that are wrong, those that failed with what happened, and those that are right.
+
+    WebAssembly is one of them where it did the same with one thread and with all, else it is two.
+    """
     wrong, broken, right = [], [], []
-    for place in ("wasm", "webgpu"):
-        found = (variant["accuracy"] or {}).get(place)
-        words = wording.place_words(place)
-        problem = next(
-            (cell["problem"] for key, cell in (variant["latency"] or {}).items() if _is(key, place) and _failed(cell)),
-            None,
-        )
-        if found and found["wrong"]:
-            wrong.append(words)
-        elif problem:
-            broken.append((words, printable(problem)))
-        elif found:
-            right.append(words)
+    for cells in (("wasm-1", "wasm"), ("webgpu",)):
+        known = {cell: became for cell in cells if (became := _became(variant, cell))}
+        alike = len(set(known.values())) == 1
+        for cell, (state, problem) in list(known.items())[: 1 if alike else None]:
+            words = wording.place_words(cells[-1]) if alike else wording.backend_words(cell, _cell(variant, cell))
+            if state == "wrong":
+                wrong.append(words)
+            elif state == "broken":
+                broken.append((words, problem))
+            else:
+                right.append(words)
     return wrong, broken, right
 
 
-def _is(cell: str, place: str) -> bool:
-    return cell.partition("-")[0] == place
+def _became(variant: dict[str, Any], cell: str) -> tuple[State, str] | None:
+    """What became of a cell, and what happened where it broke; None where nothing is known."""
+    found = (variant["accuracy"] or {}).get(cell)
+    problem = (_cell(variant, cell) or {}).get("problem")
+    if found and found["wrong"]:
+        return "wrong", ""
+    if problem:
+        return "broken", printable(problem)
+    return ("right", "") if found else None
 
 
-def _failed(cell: dict[str, Any] | None) -> bool:
-    return bool(cell and cell["problem"])
+def _cell(variant: dict[str, Any], cell: str) -> dict[str, Any] | None:
+    return (variant["latency"] or {}).get(cell)
 
 
 def _check_words(check: dict[str, Any]) -> str:
@@ -290,7 +301,7 @@ def _kind(document: dict[str, Any]) -> str:
 def accuracy_of(variant: dict[str, Any]) -> dict[str, Any] | None:
     """That of native arithmetic, or of the first backend where that was not measured."""
     places = variant["accuracy"] or {}
-    return next((places[place] for place in ("native", "wasm", "webgpu") if places.get(place)), None)
+    return next((places[place] for place in ("native", "wasm", "wasm-1", "webgpu") if places.get(place)), None)
 
 
 def quality_name(document: dict[str, Any]) -> str:

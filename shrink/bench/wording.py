@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from shrink.bench.document import CELLS, PLACES
+from shrink.bench.document import CACHED, CELLS, PLACES
 from shrink.errors import printable
 
 __all__ = [
@@ -15,14 +15,18 @@ __all__ = [
     "backend_words",
     "bits",
     "decibels",
+    "is_cached",
     "milliseconds",
     "name_of",
+    "networks",
+    "peak",
     "percent",
     "place_words",
     "plain",
     "size",
     "software_words",
     "times",
+    "where_computed",
     "why",
 ]
 
@@ -107,6 +111,35 @@ def backend_words(backend: str, cell: dict[str, Any] | None = None) -> str:
             else f"{_PLACES[backend]}, all threads"
         )
     return _PLACES[backend]
+
+
+def where_computed(variant: dict[str, Any], place: str) -> str:
+    """Where outputs were computed; WebAssembly by its threads, where one alone was measured beside all."""
+    apart = place == "wasm" and (variant["accuracy"] or {}).get("wasm-1")
+    return backend_words(place, (variant["latency"] or {}).get(place)) if apart else place_words(place)
+
+
+def networks(document: dict[str, Any]) -> list[str]:
+    """What the downloads were held to, as the cells of the document say; one, unless somebody joined documents."""
+    found = {
+        cell["cold"]["network"]
+        for variant in document["variants"]
+        for cell in (variant["latency"] or {}).values()
+        if cell and cell["cold"] and cell["cold"]["network"]
+    }
+    return sorted(map(name_of, found))
+
+
+def is_cached(document: dict[str, Any]) -> bool:
+    """Whether the visits were second ones, with the weights in the browser's cache."""
+    found = networks(document)
+    return bool(found) and all(network.startswith(CACHED) for network in found)
+
+
+def peak(document: dict[str, Any]) -> float | None:
+    """What PSNR and SSIM are measured by; None where the outputs are no pictures, or the document is an old one."""
+    outputs = (document["model"] or {}).get("outputs") or ()
+    return next((output["peak"] for output in outputs if output["peak"]), None)
 
 
 def software_words(document: dict[str, Any], backend: str) -> str | None:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Gates", "unrolled"]
 
+# Those of all nodes and directions together: a step and its gradients are some 36 nodes, and the time that ONNX Runtime
+# takes to load them grows with their square, to half a minute.
 _STEPS_AT_MOST = 512
-# Those of all nodes together: a step is some ten nodes, and twice as many for its gradients.
-_ALL_STEPS_AT_MOST = 2048
 _LEAST_OPSET = 7
 
 Activation = Callable[[str], str]
@@ -45,8 +45,9 @@ def unrolled(proto: ModelProto) -> tuple[ModelProto, Mapping[int, Gates]]:
     """The model with its LSTM, GRU and RNN nodes written out in plain operators, and their gates by the node's number.
 
     All else stays as it is, weights too: the new nodes read the tensors that the old ones did. Left alone are nodes
-    of more than 512 steps, or whose sizes are not known from those of the graph's inputs, with sequences of different
-    lengths, `clip`, or activations of other kinds than ONNX Runtime's usual ones.
+    whose sizes are not known from those of the graph's inputs, with sequences of different lengths, with `clip`, or
+    with activations of other kinds than ONNX Runtime's usual ones; and the first ones where all take more than 512
+    steps, of both directions.
     """
     opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
     if opset < _LEAST_OPSET or not any(_is_recurrent(node) for node in proto.graph.node):
@@ -54,7 +55,7 @@ def unrolled(proto: ModelProto) -> tuple[ModelProto, Mapping[int, Gates]]:
     tape = _Writer(known_facts(proto), opset, _names(proto))
     gates: dict[int, Gates] = {}
     # The last nodes first: no gradient comes to those before one that is left alone.
-    left, few = _ALL_STEPS_AT_MOST, set()
+    left, few = _STEPS_AT_MOST, set()
     for number in range(len(proto.graph.node) - 1, -1, -1):
         node = proto.graph.node[number]
         if _is_recurrent(node):
@@ -91,7 +92,7 @@ def _step_count(facts: Facts, node: NodeProto) -> int:
     first = any(a.name == "layout" and a.i == 1 for a in node.attribute)
     steps = dims[1 if first else 0] if len(dims) == 3 else None
     if not isinstance(steps, int) or not 0 < steps <= _STEPS_AT_MOST:
-        return _ALL_STEPS_AT_MOST + 1
+        return _STEPS_AT_MOST + 1
     return steps * (2 if any(a.name == "direction" and a.s.lower() == b"bidirectional" for a in node.attribute) else 1)
 
 

@@ -30,7 +30,7 @@ from typing import IO, Any
 
 from shrink import formats, parts
 from shrink.errors import BadInput, BoundNotMet, ShrinkError, UsageError, blaming, printable
-from shrink.files import Scratch, file_size, holds, io_errors, is_taken, put
+from shrink.files import Scratch, file_size, finishing, holds, io_errors, is_taken, put
 from shrink.formats._onnx_proto import AT_MOST_BYTES
 from shrink.parts import Part
 from shrink.progress import Progress
@@ -419,7 +419,7 @@ def _write(
 
 def _written(split: _Split, expected: _Set, kept: set[str], progress: Progress) -> Iterator[Part]:
     total, done = sum(part.size_bytes for part in expected.parts), 0
-    with io_errors(split.whole), open(split.whole, "rb", buffering=0) as file:
+    with finishing() as finish, io_errors(split.whole), open(split.whole, "rb", buffering=0) as file:
         for number, planned in enumerate(expected.parts):
             if planned.file in kept:
                 done += planned.size_bytes
@@ -432,7 +432,8 @@ def _written(split: _Split, expected: _Set, kept: set[str], progress: Progress) 
                 done += count
 
             path = split.folder / planned.file
-            part = parts.write_part(path, split.read(file, number), planned.size_bytes, on_bytes=tell)
+            source = split.read(file, number)
+            part = parts.write_part(path, source, planned.size_bytes, on_bytes=tell, finish=finish)
             if planned.integrity not in (parts.NO_INTEGRITY, part.integrity):
                 raise _changed(split)
             yield part

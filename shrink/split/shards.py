@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from shrink import container, formats, parts
 from shrink.errors import BadInput, ShrinkError, UsageError, printable
-from shrink.files import Scratch, file_size, holds, io_errors, is_taken, put
+from shrink.files import Scratch, file_size, finishing, holds, io_errors, is_taken, put
 from shrink.parts import Part
 from shrink.progress import Progress
 from shrink.split import DONE, RENAMED, File, Plan, is_web
@@ -288,7 +288,7 @@ def _write(
 
 def _written(split: _Split, expected: list[Part], kept: frozenset[str], progress: Progress) -> Iterator[Part]:
     done = 0
-    with io_errors(split.whole), open(split.whole, "rb", buffering=0) as file:
+    with finishing() as finish, io_errors(split.whole), open(split.whole, "rb", buffering=0) as file:
         head = file.read(len(split.head))
         if head != split.head:
             raise BadInput("the file has changed since the split was planned", file=split.whole)
@@ -304,7 +304,8 @@ def _written(split: _Split, expected: list[Part], kept: frozenset[str], progress
             if name in kept:
                 part = parts.describe(name, file, length, head=shard.header, on_bytes=tell)
             else:
-                part = parts.write_part(split.folder / name, file, length, head=shard.header, on_bytes=tell)
+                path = split.folder / name
+                part = parts.write_part(path, file, length, head=shard.header, on_bytes=tell, finish=finish)
             if planned.integrity not in (parts.NO_INTEGRITY, part.integrity):
                 raise BadInput("the file has changed since the split was planned", file=split.whole)
             yield part

@@ -16,7 +16,7 @@ from typing import IO
 
 from shrink import parts
 from shrink.errors import BoundNotMet, IntegrityError, UsageError
-from shrink.files import atomic_file, atomic_folder, io_errors, put
+from shrink.files import atomic_file, atomic_folder, finishing, io_errors, put
 from shrink.manifest import MANIFEST, Listed, as_bytes, is_ours, part_stem, read, strangers
 from shrink.parts import Part
 from shrink.progress import Progress, silent
@@ -183,11 +183,12 @@ def _write(
     cut = {}
     for name, about in planned.items():
         place = folder / name
-        with _whole(place, files[name], folder) as whole:
+        with finishing() as finish, _whole(place, files[name], folder) as whole:
             written = []
             for part in about.parts:
                 progress(part.file, done, total)
-                written.append(parts.write_part(place.with_name(part.file), whole, part.size_bytes))
+                path = place.with_name(part.file)
+                written.append(parts.write_part(path, whole, part.size_bytes, finish=finish))
                 done += part.size_bytes
         cut[name] = Listed(about.size_bytes, about.integrity, tuple(written))
     _commit(folder, content, {**files, **cut})

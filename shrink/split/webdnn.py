@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 from shrink import parts
 from shrink.errors import BadInput, BoundNotMet, UsageError, printable
-from shrink.files import atomic_file, file_size, io_errors, put
+from shrink.files import atomic_file, file_size, finishing, io_errors, put
 from shrink.formats._webdnn_read import GRAPH_FILE, WEIGHT_FILE
 from shrink.parts import Part
 from shrink.progress import Progress, silent
@@ -208,10 +208,11 @@ def _written(folder: Path, cut: Mapping[str, _Cut], progress: Progress) -> Itera
         if file_size(path) != file.size_bytes:
             raise BadInput("the file has changed since the split was planned", file=path)
         found = []
-        with io_errors(path), open(path, "rb", buffering=0) as source:
+        with finishing() as finish, io_errors(path), open(path, "rb", buffering=0) as source:
             for part in file.parts:
                 progress(part.file, done, total)
-                found.append(parts.write_part(folder / part.file, source, part.size_bytes, on_bytes=tell))
+                place = folder / part.file
+                found.append(parts.write_part(place, source, part.size_bytes, on_bytes=tell, finish=finish))
         yield name, file, found
     progress("", total, total)
 
