@@ -1,1 +1,0 @@
-from shrink.metrics import *  # noqa: F403
