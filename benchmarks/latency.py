@@ -89,15 +89,10 @@ def _measured(subject: Subject, weights: Path, folder: Path, options: Any) -> di
         runtime=_RUNTIME if _RUNTIME.is_dir() else None,
     )
     found = measure(plan)
-    found["not_measured"] += [_left_out(name) for name in BACKENDS if name not in plan.browser.backends]
     for variant in found["variants"]:
         # Where it lies is nobody's business but this machine's.
         variant["file"] = variant["file"] and Path(variant["file"]).name
     return document.checked(found)
-
-
-def _left_out(backend: str) -> dict[str, str]:
-    return {"what": backend, "why": "it was left out, with --backends"}
 
 
 def _command(subject: Subject, options: Any) -> str:

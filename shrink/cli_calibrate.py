@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ __all__ = ["Calibrating", "calibration_of", "calibration_options", "is_made_up"]
 
 # What `shrink.calibrate.inputs` calls pictures that are nobody's.
 _SYNTHETIC = "synthetic pictures"
+# Calibration gains by every sample; small ones, of fewer values than a picture has, are cheap.
+_SAMPLES, _SMALL_SAMPLES, _SMALL = 64, 256, 1024
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,7 +36,11 @@ _OPTIONS = (
         "--input-distribution", metavar="LIST", help="What the inputs are drawn from, as in normal,onehot:10."
     ),
     click.option("--input-range", metavar="A,B", help="What black and white are to the network.  [default: 0,1]"),
-    click.option("--samples", type=click.IntRange(1, 10_000), default=64, show_default=True, help="How many inputs."),
+    click.option(
+        "--samples",
+        type=click.IntRange(1, 10_000),
+        help=f"How many inputs.  [default: {_SAMPLES}, and {_SMALL_SAMPLES} of small ones]",
+    ),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same bytes."),
     click.option(
         "--effort", type=click.IntRange(0, 2), default=1, show_default=True, help="0 decodes fastest, 2 is smallest."
@@ -48,7 +55,7 @@ class Calibrating:
     calibrate: Path | None = None
     input_distribution: str | None = None
     input_range: str | None = None
-    samples: int = 64
+    samples: int | None = None
     seed: int = 0
     effort: int = 1
 
@@ -83,11 +90,15 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
         inputs.inputs_of(network),
         files=options.calibrate,
         distribution=options.input_distribution,
-        count=options.samples,
+        count=options.samples or (_SMALL_SAMPLES if _are_small(network) else _SAMPLES),
         seed=options.seed,
         input_range=inputs.parse_range(options.input_range) if options.input_range is not None else None,
         vocabulary=vocabulary,
     )
+
+
+def _are_small(network: Network) -> bool:
+    return sum(math.prod(shape) for shape in network.input_shapes) <= _SMALL
 
 
 def is_made_up(options: Calibrating, calibration: Calibration) -> bool:

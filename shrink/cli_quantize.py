@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from shrink.cli_shared import (
     total_difference,
 )
 from shrink.errors import UsageError, printable
+from shrink.formats import onnx
 from shrink.model import Entry, Model
 from shrink.pipeline import Change
 from shrink.quantizers import modes
@@ -98,6 +100,11 @@ class Bounds:
 @click.option("--min-psnr", type=float, metavar="DB", help="For calibrated: the smallest file that keeps so much.")
 @click.option("--max-mb", type=float, metavar="N", help="For calibrated: the best that fits N MB, of 1,000,000 bytes.")
 @click.option("--step", type=float, help="For calibrated: how coarse, as a share of the outputs' peak, such as 0.01.")
+@click.option(
+    "--keep-quantized",
+    is_flag=True,
+    help="For calibrated: an ONNX file whose weights stay in 8 bits in memory when it runs.",
+)
 @click.option("--network", metavar="FILE.py:NAME", help="For calibrated: the Chainer network that MODEL belongs to.")
 @click.option(
     "--input",
@@ -125,6 +132,7 @@ def quantize_command(
     min_psnr: float | None,
     max_mb: float | None,
     step: float | None,
+    keep_quantized: bool,
     network: str | None,
     inputs: tuple[str, ...],
     level: int,
@@ -151,6 +159,7 @@ def quantize_command(
       shrink quantize webdnn_folder/ --mode eightbit
       shrink quantize model.onnx --mode calibrated --min-psnr 45 --calibrate photos/
       shrink quantize gen.npz --mode calibrated --max-mb 2 --network networks.py:Generator
+      shrink quantize model.onnx --mode calibrated --min-psnr 45 --keep-quantized -o small.onnx
     """
     asked = Calibrating(**{f.name: parameters.pop(f.name) for f in dataclasses.fields(Calibrating)})
     bounds = Bounds(min_psnr, max_mb, step)
@@ -160,12 +169,14 @@ def quantize_command(
             raise UsageError(f"mode calibrated takes no {(set_by_others or ['--recipe'])[0]}")
         _calibrated(
             model, network, inputs, include, exclude, asked, bounds.checked(),
-            output=output, force=force, keep_all=keep_all, level=None if no_compress else level, as_json=as_json,
+            keep_quantized=keep_quantized, output=output, force=force, keep_all=keep_all,
+            level=None if no_compress else level, as_json=as_json,
         )  # fmt: skip
         return
-    if bounds != Bounds() or network or inputs or asked != Calibrating():
+    if bounds != Bounds() or keep_quantized or network or inputs or asked != Calibrating():
         raise UsageError(
-            "--min-psnr, --max-mb, --step, --network, --input and what is about calibration belong to --mode calibrated"
+            "--min-psnr, --max-mb, --step, --keep-quantized, --network, --input and what is about calibration "
+            "belong to --mode calibrated"
         )
     chosen = {key: value for key, value in parameters.items() if value is not None}
     file_recipe = recipes.read(recipe_file) if recipe_file else None
@@ -199,6 +210,7 @@ def _calibrated(
     asked: Calibrating,
     bounds: Bounds,
     *,
+    keep_quantized: bool,
     output: Path | None,
     force: bool,
     keep_all: bool,
@@ -206,30 +218,37 @@ def _calibrated(
     as_json: bool,
 ) -> None:
     loaded = formats.sniff(model).read(model)
-    target_path = output or beside(model, CALIBRATED, ".safetensors")
+    target_path = output or beside(model, CALIBRATED, onnx.SUFFIX if keep_quantized else ".safetensors")
     target = formats.for_output(target_path, loaded.source.format)
-    if CALIBRATED not in target.HOLDS:
+    write = target.write
+    if keep_quantized:
+        if target.NAME != onnx.NAME:
+            raise UsageError("--keep-quantized writes ONNX: name the output .onnx", file=target_path)
+        write = partial(onnx.write, keep_quantized=True)
+    elif CALIBRATED not in target.HOLDS:
         raise UsageError(f"{target.NAME} cannot hold calibrated weights", hint="write a .safetensors file instead")
     check_output(target_path, [model, *([asked.calibrate] if asked.calibrate else [])], force)
     network, notes = given.network_of(model, spec, inputs)
+    if keep_quantized:
+        onnx.check_keeps_quantized(network.model)
     calibration = calibration_of(network, asked)
     from shrink.calibrate import quantizing
 
     reduced = loaded if keep_all else pipeline.drop_state(loaded)
     # int8 takes the same tensors: those of two dimensions or more that are worth it.
     decisions = pipeline.decided(reduced, recipes.from_flags("int8", include, exclude, None, {}))
-    work = quantizing.Work(network, calibration, reduced, decisions, asked.seed, asked.effort)
+    work = quantizing.Work(network, calibration, reduced, decisions, asked.seed, asked.effort, keep_quantized)
 
     def size_of(entries: Mapping[str, Entry]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model" + target.SUFFIX)
-            target.write(reduced, quantizing.merged(reduced, entries), path, level)
+            write(reduced, quantizing.merged(reduced, entries), path, level)
             return size_on_disk(path)
 
     unfinished = target_path.with_name(f"{target_path.name}.unfinished")
     with bar("calibrating") as progress:
         done = quantizing.quantized(work, bounds.target(), size_of, unfinished, progress)
-    stored = target.write(reduced, quantizing.merged(reduced, done.result.entries), target_path, level)
+    stored = write(reduced, quantizing.merged(reduced, done.result.entries), target_path, level)
     done.store.clear()
     dropped = 0 if keep_all else sum(t.size_bytes for t in loaded.tensors if t.role == "state")
     changes = quantizing.changes(reduced, decisions, done.result)
@@ -263,7 +282,8 @@ def _said(done: Quantizing, calibration: Calibration, made_up: bool) -> list[str
     source = printable(calibration.source, at_most=400)
     if done.held_out:
         used = len(calibration.samples) - done.held_out
-        lines.append(f"Calibrated on {used} samples, measured on {done.held_out} others ({source}).")
+        also = f" and {len(calibration.added)} synthetic pictures" if calibration.added else ""
+        lines.append(f"Calibrated on {used} samples{also}, measured on {done.held_out} others ({source}).")
     else:
         lines.append(f"Calibrated and measured on one sample ({source}): give more to know how it does on others.")
     if made_up:

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from shrink.bench import metrics
+from shrink import metrics
 
 F32 = NDArray[np.float32]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shrink.bench import metrics
+from shrink import metrics
 from shrink.bench.native import Native
 from shrink.bench.plan import Values, Variant
 from shrink.errors import ShrinkError, printable

@@ -165,7 +165,7 @@ def _kept(model: Model) -> dict[str, str]:
 
 def _head(plan: Plan, model: Model, calibrator: Calibrator) -> Document:
     samples = len(plan.calibration.samples)
-    outputs, held_out = calibrator._outputs[0], len(calibrator._checks)
+    outputs, held_out = calibrator.outputs[0], max(1, calibrator.held_out)
     return {
         "shrink_curve": VERSION,
         "title": plan.network.title,
@@ -181,7 +181,7 @@ def _head(plan: Plan, model: Model, calibrator: Calibrator) -> Document:
                     "kind": kind_of(outputs[name].shape),
                     "peak": float(peak),
                 }
-                for name, peak in calibrator._peaks.items()
+                for name, peak in calibrator.peaks.items()
             ],
         },
         "calibration": {

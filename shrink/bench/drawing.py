@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shrink.bench.metrics import peak_of
 from shrink.bench.png import png
+from shrink.metrics import peak_of
 
 __all__ = ["AMPLIFIED", "BUDGET_BYTES", "drawn"]
 

@@ -13,10 +13,10 @@ from shrink.bench import accuracy, browser, peers, server, size, variants
 from shrink.bench.document import VARIANT_CHARACTERS, VERSION, WHAT_CHARACTERS, WHY_CHARACTERS, cut
 from shrink.bench.drawing import BUDGET_BYTES, drawn
 from shrink.bench.machine import machine
-from shrink.bench.metrics import kind_of
 from shrink.bench.plan import BACKENDS, NETWORKS, ORIGINAL, Cell, OnDocument, Plan, Variant
 from shrink.bench.samples import Samples, inputs_of, samples
 from shrink.errors import MissingDependency, ShrinkError, UsageError, printable
+from shrink.metrics import kind_of
 from shrink.model import DTYPES
 from shrink.progress import Progress, silent
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from shrink.bench import timing
 from shrink.bench._page import PAGE, Chromium, PageProblem, absence, executable
-from shrink.bench.metrics import kind_of
 from shrink.bench.plan import BrowserOptions, Values
 from shrink.errors import MissingDependency, OutputError
+from shrink.metrics import kind_of
 from shrink.progress import Progress, silent
 
 if TYPE_CHECKING:

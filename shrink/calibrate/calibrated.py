@@ -21,10 +21,10 @@ from shrink.calibrate.covariance import Covariance
 from shrink.calibrate.inputs import Calibration
 from shrink.calibrate.layer_result import LayerResult
 from shrink.calibrate.layers import Layer
-from shrink.calibrate.layout import Layout, layout
+from shrink.calibrate.layout import Layout, layout, one_axis
 from shrink.calibrate.quality import Quality, cost, measured, peaks_of
 from shrink.calibrate.resuming import Store
-from shrink.calibrate.rounding import damped, rounded, targets
+from shrink.calibrate.rounding import damped, rounded, steadied, targets
 from shrink.calibrate.running import Graph
 from shrink.coders import rans
 from shrink.errors import BadInput, UsageError
@@ -42,17 +42,21 @@ F64 = NDArray[np.float64]
 Values = dict[str, Array]
 
 # Added to the diagonal of what inputs and gradients tell, as shares of its mean. Gradients tell less surely.
-_INPUT_RIDGE, _OUTPUT_RIDGE, _LOOKUP_RIDGE = 0.01, 0.1, 1.0
+_INPUT_RIDGE, _OUTPUT_RIDGE, _LOOKUP_RIDGE = 0.03, 0.1, 1.0
 # Positions that are looked at: in all, and per input of the layer.
 _LEAST_POSITIONS, _POSITIONS_PER_INPUT = 1 << 14, 10
 # One in so many samples is not calibrated on, but measures the result.
 _CHECKED = 4
-_PROBES = 2
-_LARGE_OUTPUT, _GRADIENT_SAMPLES = 4096, 8
+# Large outputs give as many gradients as they have places, so that few samples tell enough.
+_PROBES = 4
+_LARGE_OUTPUT, _LARGE_SAMPLES, _LARGE_PROBES = 4096, 8, 1
+_SAMPLES = 64
 # The values kept of all layers' inputs, once as they were and once as they are.
-_HELD_BYTES = 600_000_000
+_HELD_BYTES = 300_000_000
 # The most that is taken off a weight that seems to have no effect.
 _COARSEST = 7
+# The largest code of 8 bits that has a negative one.
+_INT8 = 127
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Result:
 class Calibrator:
     """A network and what is known about it from samples. Each call of `at` quantizes it once.
 
-    `chosen` are the tensors to quantize. `store` remembers finished layers. `effort` is the coder's.
+    `chosen` are the tensors to quantize. `store` remembers finished layers. `effort` is the coder's. `keep_quantized`:
+    the integers are of 8 bits, with a scale for each output channel, and not entropy-coded.
 
     Raises:
         UsageError: the model has no graph.
@@ -92,9 +97,11 @@ class Calibrator:
         effort: int = 1,
         progress: Progress = silent,
         store: Store | None = None,
+        keep_quantized: bool = False,
     ):
         self.network, self.source = network, calibration.source
         self._seed, self._effort, self._progress = seed, effort, progress
+        self._keep = keep_quantized
         self._store = store or Store(None, "")
         wanted = set(chosen)
         found = [layer for layer in finding.layers(network.model) if layer.tensor in wanted]
@@ -103,16 +110,20 @@ class Calibrator:
         placed = {layer.tensor for layer in self._layers}
         self._others = [e for e in network.model.tensors if e.name in wanted - placed and self._graph.has(e.name)]
         self._original = dict(self._graph.weights)
+        biases = {layer.bias for layer in self._layers}
+        for name, value in self._original.items():
+            if name in wanted | biases and value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise BadInput("it holds values that are not finite", file=self._graph.file, tensor=name)
         self._types = {name: value.dtype for name, value in calibration.samples[0].items()}
         samples = [dict(sample) for sample in calibration.samples]
-        self._checks = samples[::_CHECKED] if len(samples) > 1 else samples
-        self._fits = [s for number, s in enumerate(samples) if number % _CHECKED] if len(samples) > 1 else samples
-        self._outputs = self._run_checks()
-        self._peaks = peaks_of(self._outputs)
-        for output in self._outputs:
-            if not all(np.isfinite(output[name]).all() for name in self._peaks):
+        self._checks, self._fits = _parted(samples, seed)
+        self._fits = _mixed(self._fits, [dict(sample) for sample in calibration.added])
+        self.outputs = self._run_checks()
+        self.peaks = peaks_of(self.outputs)
+        for output in self.outputs:
+            if not all(np.isfinite(output[name]).all() for name in self.peaks):
                 raise BadInput("its outputs on the calibration inputs are not finite", file=self._graph.file)
-        if not self._peaks:
+        if not self.peaks:
             raise UsageError("the network puts out no numbers to measure", file=self._graph.file)
         self._reference = self._references()
         self._g = self._gradients()
@@ -160,7 +171,7 @@ class Calibrator:
         return self.quality_now()
 
     def quality_now(self) -> Quality:
-        return measured(self._outputs, self._run_checks(), self._peaks)
+        return measured(self.outputs, self._run_checks(), self.peaks)
 
     # ---- what is known before anything is quantized
 
@@ -187,14 +198,14 @@ class Calibrator:
         stored = self._store.gradients()
         if stored is not None:
             return stored
-        large = sum(value.size for value in self._outputs[0].values()) > _LARGE_OUTPUT
-        samples = self._fits[:_GRADIENT_SAMPLES] if large else self._fits
+        large = sum(value.size for value in self.outputs[0].values()) > _LARGE_OUTPUT
+        samples, probes = (self._fits[:_LARGE_SAMPLES], _LARGE_PROBES) if large else (self._fits[:_SAMPLES], _PROBES)
 
         def on_sample(number: int) -> None:
             self._progress("gradients", number, len(samples))
 
         found = sensitivity.by_gradients(
-            self._graph, self._layers, samples, self._peaks, probes=_PROBES, seed=self._seed, on_sample=on_sample
+            self._graph, self._layers, samples, self.peaks, probes=probes, seed=self._seed, on_sample=on_sample
         )
         for layer in self._layers:
             if layer.tensor not in found:
@@ -216,7 +227,7 @@ class Calibrator:
 
         def error(weights: Array) -> float:
             self._graph.put(tensor, weights)
-            found = [cost(a, b, self._peaks) for a, b in zip(self._outputs, self._run_checks(), strict=True)]
+            found = [cost(a, b, self.peaks) for a, b in zip(self.outputs, self._run_checks(), strict=True)]
             self._graph.put(tensor, original)
             return math.fsum(found) / len(found)
 
@@ -247,12 +258,13 @@ class Calibrator:
             moments.collect(values, before)
         bias = layer.bias if layer.bias is not None and not layer.diagonal and layer.kind != "recurrent" else None
         g = damped(self._g[layer.tensor], _OUTPUT_RIDGE)
+        extra = layer.extra()
         aim: F64 = matrix.astype(np.float64)
         h: F64
         if layer.diagonal:
             h = moments.matrix + _LOOKUP_RIDGE * moments.matrix.mean()
         else:
-            second, cross = moments.matrix.copy(), moments.cross
+            second, cross = steadied(moments.matrix, moments.cross, matrix)
             if bias is not None:
                 # The bias takes the mean; what is left is the spread around it.
                 second -= np.einsum("gi,gj->gij", moments.mean, moments.mean)
@@ -260,11 +272,9 @@ class Calibrator:
             ridge = _ridge(layer.inputs, moments.count)
             h = damped(second, ridge)
             if second.any():
-                aim = targets(matrix, h, cross, ridge)
-        place = layout(layer)
-        extra = layer.extra()
-        aim[extra] = 0
-        made = rounded(aim, extra, h, g, base, place)
+                aim = targets(matrix, h, cross, ridge, extra)
+        place = one_axis(layer) if self._keep else layout(layer)
+        made = rounded(aim, extra, h, g, base, place, *([_INT8] if self._keep else []))
         entry = self._encoded(layer.tensor, layer.shape, made, layer, place)
         entries: dict[str, Entry] = {layer.tensor: entry}
         if bias is not None:
@@ -272,7 +282,7 @@ class Calibrator:
             entries |= self._bias(bias, layer, shift, g, base)
         count = math.prod(layer.shape)
         trace = float((h.sum(axis=-1) if h.ndim == 2 else np.einsum("gii->g", h)) @ np.einsum("goo->g", g))
-        steps = float(np.mean(made.row_exponents)) / 2 + float(np.mean(made.column_exponents)) / 2
+        steps = float(np.mean(np.log2(made.row_steps))) + float(np.mean(made.column_exponents)) / 2
         return (
             LayerResult(
                 layer.tensor,
@@ -281,13 +291,15 @@ class Calibrator:
                 entry.size_bytes,
                 8 * entry.size_bytes / max(1, count),
                 trace,
-                made.scale * 2.0**steps,
+                2.0**steps,
             ),
             entries,
         )
 
     def _encoded(self, name: str, shape: tuple[int, ...], made: Any, layer: Layer, place: Layout) -> Quantized:
         codes = place.stored(layer.weight(made.codes.astype(np.float64)).astype(np.int32))
+        if self._keep:
+            return _int8(name, shape, codes, made.row_steps, place.rows)
         return _entry(name, shape, codes, made.scale, made.row_exponents, made.column_exponents, place, self._effort)
 
     def _bias(self, name: str, layer: Layer, shift: F64, g: F64, base: float) -> dict[str, Entry]:
@@ -310,17 +322,39 @@ class Calibrator:
         per_weight = self._noise_cost(entry.name, None, 1)
         largest = float(np.abs(x).max()) or 1.0
         step = min(base / math.sqrt(per_weight), largest / _COARSEST) if per_weight > 0 else largest / _COARSEST
-        step = float(np.float32(max(step, largest / 32000, float(np.finfo(np.float32).tiny))))
+        most = _INT8 if self._keep else 32000
+        step = float(np.float32(max(step, largest / most, float(np.finfo(np.float32).tiny))))
         codes = np.rint(x / step).astype(np.int32).reshape(x.shape[0], -1)
         rows, columns = (np.zeros(n, np.int8) for n in codes.shape)
         place = Layout(x.shape, (0,), rows.astype(np.int64)[None], rows.astype(np.int64), None)
-        made = _entry(entry.name, x.shape, codes, step, rows, columns, place, self._effort)
+        if self._keep:
+            made = _int8(entry.name, x.shape, codes, np.array([step], np.float32), ())
+        else:
+            made = _entry(entry.name, x.shape, codes, step, rows, columns, place, self._effort)
         self._graph.put(entry.name, made.array)
         bits = 8 * made.size_bytes / max(1, entry.size)
         note = "by sensitivity alone: the graph does not use it as a linear layer"
         cost_of_all = per_weight * entry.size
         result = LayerResult(entry.name, "other", entry.shape, made.size_bytes, bits, cost_of_all, step, note)
         return result, {entry.name: made}
+
+
+def _parted(samples: list[Values], seed: int) -> tuple[list[Values], list[Values]]:
+    """Those that measure the result, chosen by the seed, and those to calibrate on; one sample has to be both."""
+    if len(samples) == 1:
+        return samples, samples
+    # Not every fourth: kinds of samples may come in turns.
+    order = np.random.default_rng([seed, 3]).permutation(len(samples))
+    checked = set(order[: -(-len(samples) // _CHECKED)].tolist())
+    return [s for n, s in enumerate(samples) if n in checked], [s for n, s in enumerate(samples) if n not in checked]
+
+
+def _mixed(samples: list[Values], added: list[Values]) -> list[Values]:
+    """The second spread evenly among the first, so that any beginning of the list has its share of both."""
+    places = [(number + 0.5) / len(samples) for number in range(len(samples))]
+    places += [(number + 0.5) / len(added) for number in range(len(added))]
+    both = [*samples, *added]
+    return [both[number] for number in sorted(range(len(both)), key=places.__getitem__)]
 
 
 def _ridge(inputs: int, positions: int) -> float:
@@ -343,6 +377,13 @@ def _entry(
     view = None if place.view == shape else list(place.view)
     grid = {"scale": scale, "view": view, "rows": list(place.rows), "width": params["width"]}
     return Quantized.of(name, DTYPES["F32"], shape, (Step("rans.1", params), Step("grid.1", grid)), payload)
+
+
+def _int8(name: str, shape: tuple[int, ...], codes: NDArray[np.int32], steps: F32, axes: Sequence[int]) -> Quantized:
+    """Codes of 8 bits, those of the axis in front, and a step for each of its rows; or one for all without an axis."""
+    payload = steps.astype("<f4").tobytes() + codes.astype(np.int8).tobytes()
+    params = {"bits": 8, "axis": axes[0] if axes else None, "block": None, "scale": "F32", "zero": False}
+    return Quantized.of(name, DTYPES["F32"], shape, (Step("affine.1", params),), payload)
 
 
 def _small(name: str, values: F32, cost_of_one: F64, at_most: float) -> Entry:

@@ -147,8 +147,14 @@ class Covariance:
 
     @property
     def cross(self) -> Array:
-        """The mean of (weights · reference) xᵀ, (groups, outputs, inputs), without bias."""
+        """The mean of (weights · reference) xᵀ, (groups, outputs, inputs), without bias.
+
+        Raises:
+            BadInput: values are so large that their products are not finite.
+        """
         self._flush()
+        if not np.isfinite(self._cross).all():
+            raise BadInput("the values that go into it are too large to multiply", tensor=self.layer.tensor)
         return self._cross / max(1, self.count)
 
     @property
@@ -218,7 +224,11 @@ class Covariance:
                 self._sum += np.einsum("gpi,gpi->gi", rows, rows)
                 return
             if targets is not None and targets.shape[2]:
-                self._cross += targets.swapaxes(1, 2) @ rows
+                product = targets.swapaxes(1, 2) @ rows
+                if not np.isfinite(product).all():
+                    # Outputs may be large where inputs, squared, are not too large.
+                    product = targets.swapaxes(1, 2).astype(np.float64) @ rows
+                self._cross += product
             for i, j in self._squares:
                 # With itself it is a symmetric product, at half the price.
                 self._sum[:, i, j] += rows[:, :, i].swapaxes(1, 2) @ rows[:, :, j]

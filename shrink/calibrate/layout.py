@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shrink.calibrate.layers import Layer
 
-__all__ = ["Layout", "layout"]
+__all__ = ["Layout", "layout", "one_axis"]
 
 I64 = NDArray[np.int64]
 
@@ -60,6 +60,25 @@ def layout(layer: Layer) -> Layout:
                 return Layout(view, axes, rows, of_rows[:, 0], of_columns[0])
     one = np.zeros(shape[:2], np.int64)
     return Layout(layer.shape, (0,), one, np.zeros(layer.shape[0], np.int64), None)
+
+
+def one_axis(layer: Layer) -> Layout:
+    """The layout whose rows are the tensor's one axis with most scales that the matrix's rows can have, which is that
+    of the output channels; no axis, and one scale for all, where it has none. Columns have no scales.
+    """
+    there = ~layer.extra()
+    numbers, axis = np.zeros(there.shape[:2], np.int64), None
+    for candidate, line in enumerate(np.indices(layer.shape, np.float64, sparse=True)):
+        if line.size <= (1 if axis is None else layer.shape[axis]):
+            continue
+        places = layer.matrix(np.broadcast_to(line, layer.shape))
+        # Rows with nothing but extra places may have any scale.
+        found = places.max(axis=2, where=there, initial=0)
+        if (places == found[:, :, None])[there].all():
+            numbers, axis = found.astype(np.int64), candidate
+    if axis is None:
+        return Layout(layer.shape, (), numbers, np.zeros(1, np.int64), None)
+    return Layout(layer.shape, (axis,), numbers, np.arange(layer.shape[axis]), None)
 
 
 def _labels(layer: Layer, numbers: I64) -> I64:

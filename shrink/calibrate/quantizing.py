@@ -25,6 +25,8 @@ Entries = Mapping[str, Entry]
 
 # What a search is expected to take, for the progress; a pass more or less does not matter.
 _PASSES = 4
+# A step that no weight of 8 bits can have.
+_FINEST = 1e-8
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Work:
-    """`model` has the tensors that are written; those that `decisions` do not keep are quantized."""
+    """`model` has the tensors that are written; those that `decisions` do not keep are quantized. `keep_quantized`: to
+    what stays in 8 bits where it runs, see `Calibrator`."""
 
     network: Network
     calibration: Calibration
@@ -46,6 +49,7 @@ class Work:
     decisions: Mapping[str, Decision]
     seed: int = 0
     effort: int = 1
+    keep_quantized: bool = False
 
     @property
     def chosen(self) -> list[str]:
@@ -77,12 +81,20 @@ def quantized(
     """
     if not work.chosen:
         raise UsageError("no tensor is left to quantize", file=work.model.source.path)
-    identity = identity_of(work.network, work.calibration, work.chosen, work.seed, work.effort)
+    keep = work.keep_quantized
+    identity = identity_of(work.network, work.calibration, work.chosen, work.seed, work.effort, keep_quantized=keep)
     store = Store(unfinished, identity)
-    passes = 1 if target.step is not None else _PASSES
+    passes = 1 if target.step is not None or (keep and target.min_psnr is None) else _PASSES
     watched = _Passes(progress, passes)
     calibrator = Calibrator(
-        work.network, work.calibration, work.chosen, seed=work.seed, effort=work.effort, progress=watched, store=store
+        work.network,
+        work.calibration,
+        work.chosen,
+        seed=work.seed,
+        effort=work.effort,
+        progress=watched,
+        store=store,
+        keep_quantized=keep,
     )
     number = 1
 
@@ -101,6 +113,14 @@ def quantized(
         if target.max_bytes is not None and size(found) > target.max_bytes:
             raise BoundNotMet(
                 f"{target.min_psnr:g} dB take {size(found):,} bytes, over {target.max_bytes:,}", hint="give one up"
+            )
+    elif keep:
+        # Eight bits are eight bits, however fine the steps: the finest that they hold.
+        found = at(_FINEST)
+        if size(found) > (target.max_bytes or 0):
+            raise BoundNotMet(
+                f"weights of 8 bits take {size(found):,} bytes, over {target.max_bytes or 0:,}",
+                hint="leave --keep-quantized out: what is expanded when it is loaded takes fewer",
             )
     else:
         found, number = search.best_within(at, size, target.max_bytes or 0, calibrator.weights)

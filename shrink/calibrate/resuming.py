@@ -6,6 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,19 +32,32 @@ __all__ = ["Store", "identity_of"]
 F64 = NDArray[np.float64]
 
 _IDENTITY, _GRADIENTS, _LAYER = "identity", "gradients.npz", ".layer.safetensors"
-_RESULT = "layer"
+_RESULT, _DIGEST = "layer", "digest"
+# What NumPy and zipfile raise on damaged archives.
+_DAMAGE = (
+    *(OSError, ValueError, EOFError, KeyError, AttributeError, MemoryError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 # What is stored changes with this.
 _VERSION = "1"
 
 
-def identity_of(network: Network, calibration: Calibration, chosen: list[str], seed: int, effort: int) -> str:
+def identity_of(
+    network: Network,
+    calibration: Calibration,
+    chosen: list[str],
+    seed: int,
+    effort: int,
+    *,
+    keep_quantized: bool = False,
+) -> str:
     """What the work is about: the same for the same weights, graph, samples and settings."""
-    digest = hashlib.sha256(json.dumps([_VERSION, sorted(chosen), seed, effort]).encode())
+    digest = hashlib.sha256(json.dumps([_VERSION, sorted(chosen), seed, effort, keep_quantized]).encode())
     digest.update(network.model.graph or b"")
     for entry in network.model.tensors:
         digest.update(entry.name.encode() + b"\\0")
         digest.update(np.ascontiguousarray(entry.array).reshape(-1).view(np.uint8).data)
-    for sample in calibration.samples:
+    for sample in (*calibration.samples, *calibration.added):
         for name, value in sorted(sample.items()):
             digest.update(f"{name} {value.shape} {value.dtype}".encode())
             digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
@@ -71,17 +87,20 @@ class Store:
             told = json.loads(model.attributes[_RESULT])
             result = LayerResult(**{**told, "shape": tuple(told["shape"])})
             entries = {entry.name: _in_memory(entry) for entry in model.tensors}
-            self.found += 1
-            return result, entries
-        except (ShrinkError, OSError, KeyError, TypeError, ValueError):
+            if model.attributes[_DIGEST] != _digest(key, told, entries):
+                return None
+        except (ShrinkError, OSError, KeyError, TypeError, ValueError, AttributeError):
             return None
+        self.found += 1
+        return result, entries
 
     def keep(self, key: str, work: tuple[LayerResult, Mapping[str, Entry]]) -> None:
         path = self._path(key)
         if path is None or not self._ready():
             return
         result, entries = work
-        attributes = {_RESULT: json.dumps(dataclasses.asdict(result))}
+        told = dataclasses.asdict(result)
+        attributes = {_RESULT: json.dumps(told), _DIGEST: _digest(key, told, entries)}
         with contextlib.suppress(ShrinkError, OSError):
             container.write(entries.values(), path, source="calibration", attributes=attributes, graph=None, level=None)
 
@@ -90,9 +109,12 @@ class Store:
         if path is None or not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return {name.removeprefix("g:"): file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, KeyError):
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files}
+                if str(found.pop(_IDENTITY)) != self._identity:
+                    return None
+                return {name.removeprefix("g:"): g for name, g in found.items()}
+        except _DAMAGE:
             return None
 
     def keep_gradients(self, found: Mapping[str, F64]) -> None:
@@ -100,6 +122,7 @@ class Store:
             return
         # Names may hold slashes, which an archive takes for folders: numbers in the order of the names.
         arrays: dict[str, Any] = {f"g:{name}": g for name, g in found.items()}
+        arrays[_IDENTITY] = np.array(self._identity)
         with contextlib.suppress(ShrinkError, OSError), atomic_file(self._folder / _GRADIENTS) as file:
             np.savez(file, **arrays)
 
@@ -138,6 +161,16 @@ class Store:
             return (self._folder or Path()).joinpath(_IDENTITY).read_text("ascii")
         except (OSError, ValueError):
             return ""
+
+
+def _digest(key: str, told: Mapping[str, Any], entries: Mapping[str, Entry]) -> str:
+    """What a file with this work has to tell, so that a damaged one is known."""
+    digest = hashlib.sha256(json.dumps([key, told]).encode())
+    for name, entry in sorted(entries.items()):
+        digest.update(f"{name} {entry.shape}".encode())
+        # Float16 comes back as a type of its own.
+        digest.update(np.ascontiguousarray(entry.array, np.float64).tobytes())
+    return digest.hexdigest()
 
 
 def _in_memory(entry: Entry) -> Entry:

@@ -10,6 +10,7 @@ smallest for the bits they take, whatever the base.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from shrink.calibrate.layout import Layout
 from shrink.coders.wasm import Feedback
 
-__all__ = ["Rounded", "damped", "rounded", "targets"]
+__all__ = ["Rounded", "damped", "rounded", "steadied", "targets"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -27,48 +28,84 @@ I32 = NDArray[np.int32]
 # Columns that are rounded at once; what they do to earlier ones is a product of matrices.
 _BLOCK = 64
 _LARGEST_CODE = 32000
+# So many more are there for what feedback adds to codes. Where codes are to be smaller, steps are made wider instead.
+_SPARE_CODES = 700
+_WIDENED, _WIDENED_AT_MOST = 1.01, 6
 _EXPONENTS = 100
+# Binary logarithms of the steps that rows may have.
+_LEAST_LOG, _LARGEST_LOG = -126, 126
+# What the sums of products may be off by, as a share of their diagonal.
+_FLOAT32_NOISE = 1e-5
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """`codes` (groups, outputs, inputs), the exponents of stored rows and columns, in half octaves, and the scale."""
+    """`codes` (groups, outputs, inputs), the exponents of stored rows and columns, in half octaves, and the scale.
+
+    `row_steps` are the steps of stored rows: the scale by 2^(exponent / 2), wider where codes had to be small.
+    """
 
     codes: I32
     scale: float
     row_exponents: NDArray[np.int8]
     column_exponents: NDArray[np.int8]
     values: F32
+    row_steps: F32
 
 
 def damped(moments: F64, share: float) -> F64:
     """(groups, n, n) with `share` of the mean of its diagonal added to the diagonal, or 1 where all of it is 0."""
-    out = moments.copy()
+    out: F64 = moments.copy()
     diagonal = np.einsum("gii->gi", out)
     mean = diagonal.mean(axis=1, keepdims=True)
     diagonal += np.where(mean > 0, share * mean, 1.0)
     return out
 
 
-def targets(matrix: F32, h: F64, cross: F64, ridge: float) -> F64:
+def steadied(moments: F64, cross: F64, matrix: F32) -> tuple[F64, F64]:
+    """Second moments and `cross`, see `targets`, with a little on the diagonal that pulls to the original weights.
+
+    Products are made in float32: what is left of them when means are taken off is noise where inputs hardly vary.
+    """
+    little = _FLOAT32_NOISE * np.einsum("gii->gi", moments)
+    steady = moments.copy()
+    np.einsum("gii->gi", steady)[...] += little
+    return steady, cross + little[:, None] * matrix
+
+
+def targets(matrix: F32, h: F64, cross: F64, ridge: float, extra: NDArray[np.bool_]) -> F64:
     """The matrix that gives most nearly the outputs that the original gives for the original inputs.
 
     `h` are the (damped) second moments of the inputs as they are, `cross` the mean of the original outputs times these
-    inputs, `ridge` what was added to the diagonal of `h` as a share of its mean. All (groups, …).
+    inputs, `ridge` what was added to the diagonal of `h` as a share of its mean. All (groups, …). `extra` places are 0.
     """
     mean = np.einsum("gii->gi", h).mean(axis=1)[:, None, None]
     # What was added pulls towards the original weights, not towards 0.
     right = cross + ridge / (1 + ridge) * mean * matrix
     solved: F64 = np.linalg.solve(h, right.swapaxes(1, 2)).swapaxes(1, 2)
+    for k in np.flatnonzero(extra.any(axis=(1, 2))):
+        solved[k] = 0
+        for rows, places in _patterns(extra[k]):
+            own = np.linalg.solve(h[k][np.ix_(places, places)], right[k][np.ix_(rows, places)].T)
+            solved[k][np.ix_(rows, places)] = own.T
     return solved
 
 
-def rounded(weights: F64, extra: NDArray[np.bool_], h: F64, g: F64, base: float, layout: Layout) -> Rounded:
+def rounded(
+    weights: F64,
+    extra: NDArray[np.bool_],
+    h: F64,
+    g: F64,
+    base: float,
+    layout: Layout,
+    largest_code: int = _LARGEST_CODE,
+) -> Rounded:
     """The weights (groups, outputs, inputs) on a grid.
 
     `h` (groups, inputs, inputs) and `g` (groups, outputs, outputs) are positive definite; `h` may be (groups, inputs)
     where only its diagonal is known. `base` is the step in units of the square root of the cost: each weight
-    adds about base² / 12 to it. `extra` places stay 0.
+    adds about base² / 12 to it. `extra` places stay 0. Codes are at most `largest_code`: where they would be larger,
+    their rows get as wide a step as that takes, no power of √2 then.
     """
     groups, outputs, inputs = weights.shape
     column_factors = [_factors(h[k]) for k in range(groups)]
@@ -85,26 +122,54 @@ def rounded(weights: F64, extra: NDArray[np.bool_], h: F64, g: F64, base: float,
         log_columns = np.full(inputs, -np.log2(np.mean([f.gains.mean() for f in column_factors])))
     centre_columns = float(np.mean(log_columns))
     column_exponent = _whole(log_columns - centre_columns)
-    scale = float(np.float32(base * 2.0 ** ((centre_rows + centre_columns) / 2)))
+    scale = base * 2.0 ** ((centre_rows + centre_columns) / 2)
     column_steps = half_octaves(column_exponent).astype(np.float32).astype(np.float64)
     row_kind = np.searchsorted(kinds, layout.row_of)
     scale, row_exponent = _within(weights, scale, row_exponent, row_kind, column_steps)
-    row_steps = (scale * half_octaves(row_exponent)).astype(np.float32).astype(np.float64)[row_kind]
-    if outputs == 1 and groups > 1:
-        codes = _many_rows(weights[:, 0], column_factors, row_steps, column_steps)[:, None]
-    else:
-        pairs = zip(weights, column_factors, row_factors, row_steps, strict=True)
-        codes = np.stack([_group(w, columns, rows, steps, column_steps) for w, columns, rows, steps in pairs])
-    codes[extra] = 0
-    np.clip(codes, -_LARGEST_CODE - 700, _LARGEST_CODE + 700, out=codes)
-    values = codes.astype(np.float32) * column_steps.astype(np.float32) * row_steps.astype(np.float32)[..., None]
-    stored_rows = row_exponent[np.searchsorted(kinds, layout.rows_from)]
+    kind_steps = (scale * half_octaves(row_exponent)).astype(np.float32)
+
+    def coded() -> I32:
+        row_steps = kind_steps.astype(np.float64)[row_kind]
+        if outputs == 1 and groups > 1 and not extra.any():
+            codes = _many_rows(weights[:, 0], column_factors, row_steps, column_steps)[:, None]
+        else:
+            partly = [h.ndim == 3 and bool(extra[k].any()) for k in range(groups)]
+            codes = np.stack(
+                [
+                    _among(extra[k], weights[k], h[k], g[k], row_steps[k], column_steps)
+                    if partly[k]
+                    else _group(weights[k], column_factors[k], row_factors[k], row_steps[k], column_steps)
+                    for k in range(groups)
+                ]
+            )
+        codes[extra] = 0
+        return codes
+
+    spare = _SPARE_CODES
+    if largest_code < _LARGEST_CODE:
+        spare = 0
+        least = _largest_of(weights / column_steps, row_kind, len(kinds)) / largest_code
+        kind_steps = np.maximum(kind_steps, least.astype(np.float32))
+    codes = coded()
+    # Taking errors back makes some codes larger than their weights.
+    for _ in range(_WIDENED_AT_MOST if largest_code < _LARGEST_CODE else 0):
+        over = _largest_of(codes, row_kind, len(kinds)) / largest_code
+        if over.max() <= 1:
+            break
+        kind_steps *= np.where(over > 1, over * _WIDENED, 1).astype(np.float32)
+        codes = coded()
+    np.clip(codes, -largest_code - spare, largest_code + spare, out=codes)
+    row_steps = kind_steps[row_kind]
+    values = codes.astype(np.float32) * column_steps.astype(np.float32) * row_steps[..., None]
+    stored = np.searchsorted(kinds, layout.rows_from)
+    stored_rows = row_exponent[stored]
     stored_columns = (
         column_exponent[layout.columns_from]
         if layout.columns_from is not None
         else np.zeros(codes.size // len(stored_rows), np.int64)
     )
-    return Rounded(codes, scale, stored_rows.astype(np.int8), stored_columns.astype(np.int8), values)
+    exponents = stored_rows.astype(np.int8), stored_columns.astype(np.int8)
+    return Rounded(codes, scale, *exponents, values, kind_steps[stored])
 
 
 @dataclass(frozen=True)
@@ -126,10 +191,24 @@ def _factors(moments: F64) -> _Factors:
     if moments.ndim == 1:
         return _Factors(np.arange(len(moments)), None, moments.astype(np.float64))
     order = np.argsort(np.diag(moments), kind="stable")
-    lower = np.linalg.cholesky(moments[np.ix_(order, order)])
+    lower = _root(moments[np.ix_(order, order)])
     diagonal = np.diag(lower).copy()
     lower /= diagonal
     return _Factors(order, lower, diagonal.astype(np.float64) ** 2)
+
+
+def _root(moments: F64) -> NDArray[np.floating]:
+    """The lower triangular root; of a little more than the matrix where its own errors make it indefinite."""
+    diagonal = np.diag(moments).copy()
+    more = _FLOAT32_NOISE
+    while True:
+        try:
+            return np.linalg.cholesky(moments)
+        except np.linalg.LinAlgError:
+            if more > 1e6:
+                raise
+            np.fill_diagonal(moments, diagonal + more * np.abs(diagonal).max())
+            more *= 10
 
 
 def half_octaves(exponents: NDArray[np.int64]) -> F64:
@@ -145,15 +224,29 @@ def _whole(exponents: F64) -> NDArray[np.int64]:
 def _within(
     weights: F64, scale: float, exponents: NDArray[np.int64], kind: NDArray[np.intp], column_steps: F64
 ) -> tuple[float, NDArray[np.int64]]:
-    """Larger steps where codes would leave their range."""
-    largest = np.max(np.abs(weights) / column_steps, axis=2, initial=0.0)
-    of_kind = np.zeros(len(exponents))
-    np.maximum.at(of_kind, kind.reshape(-1), largest.reshape(-1))
+    """Larger steps where codes would leave their range, and all steps in that of float32."""
+    of_kind = _largest_of(weights / column_steps, kind, len(exponents))
+    scale, exponents = _as_float32(scale, exponents)
     with np.errstate(divide="ignore"):
         over = np.ceil(2 * np.log2(of_kind / (scale * half_octaves(exponents)) / _LARGEST_CODE))
     wanted = exponents + np.maximum(0, np.where(np.isfinite(over), over, 0)).astype(np.int64)
     above = max(0, int(wanted.max(initial=0)) - _EXPONENTS)
-    return scale * 2.0 ** (above / 2), wanted - above
+    return _as_float32(scale * 2.0 ** (above / 2), np.maximum(wanted - above, -_EXPONENTS))
+
+
+def _largest_of(values: F64 | I32, kind: NDArray[np.intp], kinds: int) -> F64:
+    """The largest absolute value (groups, outputs, inputs) in the rows of each kind."""
+    largest = np.max(np.abs(values), axis=2, initial=0)
+    of_kind = np.zeros(kinds)
+    np.maximum.at(of_kind, kind.reshape(-1), largest.reshape(-1))
+    return of_kind
+
+
+def _as_float32(scale: float, exponents: NDArray[np.int64]) -> tuple[float, NDArray[np.int64]]:
+    """The nearest scale and exponents whose steps are neither 0 nor infinite."""
+    scale = float(np.float32(min(max(scale, 2.0**_LEAST_LOG), 2.0**_LARGEST_LOG)))
+    log = math.log2(scale)
+    return scale, np.clip(exponents, math.ceil(2 * (_LEAST_LOG - log)), math.floor(2 * (_LARGEST_LOG - log)))
 
 
 def _group(weights: F64, columns: _Factors, rows: _Factors, row_steps: F64, column_steps: F64) -> I32:
@@ -176,6 +269,33 @@ def _group(weights: F64, columns: _Factors, rows: _Factors, row_steps: F64, colu
     out = np.empty_like(codes)
     out[np.ix_(rows.order, columns.order)] = codes
     return out
+
+
+def _patterns(extra: NDArray[np.bool_]) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Rows that have the same places to fill, and which columns these are."""
+    kinds, kind = np.unique(extra, axis=0, return_inverse=True)
+    pairs = [(np.flatnonzero(kind.reshape(-1) == number), np.flatnonzero(~row)) for number, row in enumerate(kinds)]
+    return [(rows, places) for rows, places in pairs if len(places)]
+
+
+def _among(extra: NDArray[np.bool_], weights: F64, h: F64, g: F64, row_steps: F64, column_steps: F64) -> I32:
+    """The codes of one group where not all places can take errors: rows with the same places at once.
+
+    The others then aim to make good what those have lost.
+    """
+    codes, errors = np.zeros(weights.shape, np.int32), np.zeros(weights.shape)
+    done = np.zeros(0, np.intp)
+    for rows, places in _patterns(extra):
+        at, own_h, own_g = np.ix_(rows, places), h[np.ix_(places, places)], g[np.ix_(rows, rows)]
+        aim = weights[at]
+        if len(done):
+            pull = g[np.ix_(rows, done)] @ errors[done] @ h[:, places]
+            aim = aim - np.linalg.solve(own_g, np.linalg.solve(own_h, pull.T).T)
+        steps = row_steps[rows], column_steps[places]
+        codes[at] = _group(aim, _factors(own_h), _factors(own_g), *steps)
+        errors[at] = codes[at] * steps[0][:, None] * steps[1] - weights[at]
+        done = np.concatenate([done, rows])
+    return codes
 
 
 def _many_rows(weights: F64, columns: list[_Factors], row_steps: F64, column_steps: F64) -> I32:

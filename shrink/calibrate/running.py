@@ -47,6 +47,11 @@ class Graph:
                 dim.dim_value = n
         # Any value can be asked for by its name; as outputs, only the graph's own count.
         del self.proto.graph.output[len(parse(model.graph or b"", self.file).graph.output) :]
+        made = {name for node in self.proto.graph.node for name in node.output}
+        for number, output in reversed(list(enumerate(self.proto.graph.output))):
+            # An input or a weight that is put out as it is tells nothing about the network.
+            if output.name not in made:
+                del self.proto.graph.output[number]
         self.outputs = [output.name for output in self.proto.graph.output]
         entries = {entry.name: entry for entry in model.tensors}
         reader = Reader(self.file)
@@ -181,7 +186,7 @@ class Program:
         if self._session is None:
             return {}
         try:
-            found = self._session.run(self._wanted, {name: values[name] for name in self._inputs})
+            found = self._session.run(self._wanted, {name: np.asarray(values[name]) for name in self._inputs})
         except Exception as error:
             raise BadInput(f"ONNX Runtime does not run the network: {_said(error)}", file=self._file) from error
         return dict(zip(self._wanted, map(np.asarray, found), strict=True))

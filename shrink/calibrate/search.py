@@ -15,7 +15,7 @@ __all__ = ["Measured", "best_within", "smallest_with"]
 _PASSES = 8
 # Steps outside of these make nothing better, or nothing smaller.
 _FINEST, _COARSEST = 1e-8, 2.0
-_CLOSE_DB, _CLOSE_SIZE = 0.15, 0.985
+_CLOSE_DB, _CLOSE_SIZE = 0.3, 0.985
 # Nothing sees a difference beyond this: a file need not be larger for it.
 _ENOUGH_DB = 100.0
 
@@ -51,17 +51,38 @@ class _Bracket:
         return max(self.good, self.bad) / min(self.good, self.bad) < 1.01
 
 
+class _Slope:
+    """By how much a value falls while the step grows by the factor `base`: as usual, until two steps have told."""
+
+    def __init__(self, base: int, usual: float):
+        self._base, self._usual = base, usual
+        self._last: tuple[float, float] | None = None
+        self._found = usual
+
+    def after(self, step: float, value: float) -> float:
+        """What is known after this value. It is never far from what is usual: a value may be off."""
+        if not math.isfinite(value):
+            return self._found
+        here = (math.log(step, self._base), value)
+        if self._last is not None and abs(here[0] - self._last[0]) > math.log(1.02, self._base):
+            found = (self._last[1] - value) / (here[0] - self._last[0])
+            self._found = max(self._usual / 2, min(1.5 * self._usual, found))
+        self._last = here
+        return self._found
+
+
 def smallest_with(at: Callable[[float], Measured], min_psnr: float) -> tuple[Measured, int]:
     """The coarsest step found that keeps `min_psnr` dB, and how many were tried.
 
     PSNR falls by about 20 dB while the step grows tenfold, which tells where to look; the result is within
-    0.15 dB of the bound, or is the best of eight.
+    0.3 dB of the bound, or is the best of eight.
 
     Raises:
         BoundNotMet: no step keeps it.
     """
     step = _limited(1.5 * 10 ** (-min_psnr / 20))
     bracket, best, closest = _Bracket(), None, -math.inf
+    slope = _Slope(10, 20.0)
     for number in range(1, _PASSES + 1):
         found = at(step)
         psnr = found.quality.psnr_db
@@ -77,7 +98,8 @@ def smallest_with(at: Callable[[float], Measured], min_psnr: float) -> tuple[Mea
             break
         # What is over the bound is given up but for a little; far from it only part of the way is trusted.
         over = psnr - min_psnr - _CLOSE_DB / 2 if math.isfinite(psnr) else math.copysign(20.0, psnr)
-        step = _limited(bracket.between(step * 10 ** (max(-40.0, min(40.0, over)) / 20)))
+        tenfold = slope.after(step, psnr)
+        step = _limited(bracket.between(step * 10 ** (max(-2 * tenfold, min(2 * tenfold, over)) / tenfold)))
     if best is None:
         raise BoundNotMet(
             f"no step keeps {min_psnr:g} dB: the closest came to {closest:.2f} dB",
@@ -99,6 +121,7 @@ def best_within(
     bits = 8 * max_bytes / max(1, weights)
     step = _limited(0.05 * 2.0**-bits)
     bracket, best, smallest = _Bracket(), None, math.inf
+    slope = _Slope(2, 1.0)
     for number in range(1, _PASSES + 1):
         found = at(step)
         size = size_of(found)
@@ -118,7 +141,8 @@ def best_within(
         if room < 0 and best is None:
             # At few bits a step saves less than it should: go further.
             room = min(2 * room, -0.5)
-        step = _limited(bracket.between(step * 2.0 ** -max(-4.0, min(4.0, room))))
+        bit = slope.after(step, 8 * size / max(1, weights))
+        step = _limited(bracket.between(step * 2.0 ** -max(-4.0, min(4.0, room / bit))))
     if best is None:
         raise BoundNotMet(
             f"the smallest that calibration makes of it is {smallest:,} bytes, over {max_bytes:,}",

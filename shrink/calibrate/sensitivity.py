@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["by_gradients", "by_noise", "output_rows"]
 
 Array = NDArray[Any]
+F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Values = Mapping[str, Array]
 
@@ -112,34 +113,34 @@ def _flat(values: Mapping[str, Sequence[tuple[str, ...]]], layers: Sequence[Laye
     return list(dict.fromkeys(name for layer in layers for names in values[layer.tensor] for name in names))
 
 
-def _gate_rows(layer: Layer, values: Sequence[Array]) -> F64:
+def _gate_rows(layer: Layer, values: Sequence[Array]) -> F32:
     """Gradients by the gates of each direction, then by the products of the states that stand for their last gate."""
-    rows = np.stack(values[: layer.groups]).astype(np.float64).swapaxes(1, 2)
+    rows = np.stack(values[: layer.groups]).astype(np.float32).swapaxes(1, 2)
     for row, product in zip(rows, values[layer.groups :], strict=False):
         row[-product.shape[1] :] = product.T
     return np.ascontiguousarray(rows)
 
 
-def output_rows(layer: Layer, use: Use, node: NodeProto, value: Array) -> F64:
+def output_rows(layer: Layer, use: Use, node: NodeProto, value: Array) -> F32:
     """A value at the layer's output as (groups, outputs, positions).
 
     Raises:
         BadInput: it does not have the shape that the layer gives.
     """
     try:
-        rows = _output_rows(layer, use, node, value.astype(np.float64))
+        rows = _output_rows(layer, use, node, value.astype(np.float32))
     except ValueError:
         raise BadInput(f"its outputs are {list(value.shape)}", tensor=layer.tensor) from None
     return np.ascontiguousarray(rows)
 
 
-def _output_rows(layer: Layer, use: Use, node: NodeProto, value: F64) -> F64:
+def _output_rows(layer: Layer, use: Use, node: NodeProto, value: F32) -> F32:
     groups, outputs = layer.groups, layer.outputs
     if layer.kind == "conv":
-        pixels: F64 = np.moveaxis(value, 1, 0).reshape(groups, outputs, -1)
+        pixels: F32 = np.moveaxis(value, 1, 0).reshape(groups, outputs, -1)
         return pixels
     if layer.kind == "embedding":
-        vectors: F64 = value.reshape(-1, outputs).T[None]
+        vectors: F32 = value.reshape(-1, outputs).T[None]
         return vectors
     if layer.kind == "dense":
         left = len(node.input) > 1 and node.input[1] == use.input
@@ -147,12 +148,12 @@ def _output_rows(layer: Layer, use: Use, node: NodeProto, value: F64) -> F64:
         rows = Vectors(left, reads.lead if isinstance(reads, Vectors) else ()).rows(value, groups, outputs, None)
         out = np.empty((groups, rows.count, outputs), np.float32)
         rows.write(np.arange(rows.count), out)
-        laid: F64 = out.astype(np.float64).swapaxes(1, 2)
+        laid: F32 = out.swapaxes(1, 2)
         return laid
     return _blocks(layer, node, value)
 
 
-def _blocks(layer: Layer, node: NodeProto, value: F64) -> F64:
+def _blocks(layer: Layer, node: NodeProto, value: F32) -> F32:
     """The output of a transposed convolution, cut into blocks of a pixel for each phase."""
     spread = next(step for step in layer.steps if isinstance(step, Spread))
     axes = len(spread.phases)
@@ -167,7 +168,7 @@ def _blocks(layer: Layer, node: NodeProto, value: F64) -> F64:
     blocks = blocks[tuple(kept)]
     phases = [3 + 2 * axis for axis in range(axes)]
     order = [1, *phases, 0, *(2 + 2 * axis for axis in range(axes))]
-    laid: F64 = blocks.transpose(order).reshape(layer.groups, layer.outputs, -1)
+    laid: F32 = blocks.transpose(order).reshape(layer.groups, layer.outputs, -1)
     return laid
 
 

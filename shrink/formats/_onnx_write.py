@@ -21,7 +21,7 @@ from shrink.steps import DTYPES, TABLES, decode_bytes, from_bfloat16, groups
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "check_dequantizes"]
 
 Array = NDArray[Any]
 
@@ -36,6 +36,8 @@ _INT4_PAIRS = np.array([[(half ^ 8) - 8 for half in (byte & 15, byte >> 4)] for 
 
 # ONNX Runtime runs no older opset, and older operators do not broadcast.
 _LEAST_OPSET = 7
+# The first opset whose DequantizeLinear has a scale per channel.
+_DEQUANTIZE_OPSET = 13
 # About what the nodes and small initializers that expand a tensor take; a tensor must gain more than this.
 _NODES_COST = 256
 
@@ -49,10 +51,34 @@ class _Op:
     attributes: tuple[tuple[str, Any], ...] = ()
 
 
-class Writer:
-    """Collects initializers in a spool file, so that only one is in memory, and the nodes that expand them."""
+def check_dequantizes(proto: ModelProto, source: Path) -> None:
+    """Raises BadInput where the graph's operators are too old for weights that stay in 8 bits."""
+    opset = _opset(proto)
+    if opset < _DEQUANTIZE_OPSET:
+        raise BadInput(
+            f"the graph's opset is {opset or 'not given'}, weights that stay in 8 bits need {_DEQUANTIZE_OPSET} or "
+            "newer",
+            file=source,
+            hint="convert it with onnx.version_converter",
+        )
 
-    def __init__(self, proto: ModelProto, names: Names, spool: IO[bytes], source: Path):
+
+def _opset(proto: ModelProto) -> int:
+    """0 where it is not given."""
+    try:
+        versions = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+    except UnicodeDecodeError:
+        versions = []
+    return versions[0] if versions else 0
+
+
+class Writer:
+    """Collects initializers in a spool file, so that only one is in memory, and the nodes that expand them.
+
+    `keeps`: weights of 8 bits with a scale per channel, or one for all, are expanded by DequantizeLinear.
+    """
+
+    def __init__(self, proto: ModelProto, names: Names, spool: IO[bytes], source: Path, *, keeps: bool = False):
         self.helper = library().helper
         self.proto = proto
         self.names = names
@@ -61,11 +87,8 @@ class Writer:
         self.nodes: list[NodeProto] = []
         self.expanded: set[str] = set()
         self.shared: dict[str, str] = {}
-        try:
-            versions = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
-        except UnicodeDecodeError:
-            versions = []
-        self.opset = versions[0] if versions else 0
+        self.opset = _opset(proto)
+        self.keeps = keeps
 
     def add(self, slot: TensorProto, entry: Entry) -> None:
         """Store `entry` where `slot` was."""
@@ -73,6 +96,13 @@ class Writer:
         if entry.shape != tuple(slot.dims):
             raise self._bad(slot, f"its shape is {list(entry.shape)}, the graph's is {list(slot.dims)}")
         chain = entry.steps[-1].name if isinstance(entry, Quantized) else ""
+        if self.keeps and isinstance(entry, Quantized) and target in _FLOATS and _is_linear(entry):
+            # The reference decoder checks all that the node relies on.
+            plain_bytes = entry.array.size * target.itemsize
+            cost, emit = _affine(entry, dequantize=True)
+            if self._pays(slot, cost, plain_bytes):
+                self._expand(slot, partial(emit, self, slot.name), DTYPES["F32"])
+                return
         if isinstance(entry, Quantized) and chain in ("affine.1", "codebook.1") and entry.dtype == target in _FLOATS:
             # The reference decoder checks all that the nodes rely on.
             plain_bytes = entry.array.nbytes
@@ -233,8 +263,17 @@ def _codebook(entry: Quantized) -> tuple[int, _Emit]:
     return codes.nbytes + table.nbytes, emit
 
 
-def _affine(entry: Quantized) -> tuple[int, _Emit]:
+def _is_linear(entry: Quantized) -> bool:
+    """Whether it is what DequantizeLinear expands to the very same values: code times the scale of its channel."""
+    params = entry.steps[-1].params
+    wanted = {"bits": 8, "block": None, "scale": "F32", "zero": False}
+    return entry.steps[-1].name == "affine.1" and {key: params.get(key) for key in wanted} == wanted
+
+
+def _affine(entry: Quantized, *, dequantize: bool = False) -> tuple[int, _Emit]:
     """What the initializers of an affine.1 tensor take, and the function that emits them.
+
+    `dequantize`, for what `_is_linear`: as one node, which runtimes do not work out in advance.
 
     Without blocks, scales broadcast over codes that keep the tensor's shape. With blocks, codes stay a matrix of
     (rows, values per row), scales and zero points are spread over it, and the product gets its shape at the end.
@@ -271,6 +310,9 @@ def _affine(entry: Quantized) -> tuple[int, _Emit]:
     def emit(writer: Writer, name: str) -> tuple[str, list[_Op]]:
         if bits == 8:
             start = writer.constant(f"{name}.codes", codes.view(np.int8).reshape(work_shape))
+            if dequantize:
+                scale = writer.constant(f"{name}.scale", scales.reshape(() if axis is None else (-1,)))
+                return start, [_Op("DequantizeLinear", (scale,), () if axis is None else (("axis", axis),))]
             ops = [writer.cast("F32")]
         else:
             packed = writer.constant(f"{name}.codes", codes)

@@ -15,6 +15,7 @@ under its old name, so that nothing else in the graph changes:
 
 These are operators of opset 7. DequantizeLinear would store no fewer bytes, needs opset 13 for a scale per channel
 and 21 for blocks and int4, and ONNX Runtime runs it at every inference, where it folds these once, when it loads.
+For the same reason weights stay in 8 bits in its memory: so they are written where one asks for that.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING
 from shrink.errors import BadInput, UsageError
 from shrink.files import atomic_file, file_size, read_all
 from shrink.formats._onnx_proto import AT_MOST_BYTES, NAMED_DTYPES, Names, Reader, clear, inner_tensors, name_of, parse
-from shrink.formats._onnx_write import Writer
+from shrink.formats._onnx_write import Writer, check_dequantizes
 from shrink.model import Entry, Model, Source
 
 if TYPE_CHECKING:
@@ -83,24 +84,40 @@ def _tensor_name(initializer: str, taken: set[str]) -> str:
     return name
 
 
-def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None) -> dict[str, int]:
-    """An ONNX file with the tensors in it, at most 2 GiB; each computes to the very values of `Entry.array`.
-
-    A tensor that would not get smaller by it is stored as its values. `level` is not used: ONNX does not compress.
+def check_keeps_quantized(model: Model) -> None:
+    """Whether `write` could keep weights of this model in 8 bits.
 
     Raises:
         UsageError: the model has no graph.
-        BadInput: entries and graph do not fit together, the opset is below 7, or the file would exceed 2 GiB.
+        BadInput: its opset is below 13.
         MissingDependency: the package onnx is not installed.
     """
-    if model.graph is None:
-        raise UsageError("an ONNX file needs a graph; this model has only weights", file=model.source.path)
+    check_dequantizes(_graph_of(model), model.source.path)
+
+
+def write(
+    model: Model, entries: Iterable[Entry], path: Path, level: int | None, *, keep_quantized: bool = False
+) -> dict[str, int]:
+    """An ONNX file with the tensors in it, at most 2 GiB; each computes to the very values of `Entry.array`.
+
+    A tensor that would not get smaller by it is stored as its values. `level` is not used: ONNX does not compress.
+    `keep_quantized`: weights of 8 bits with a scale per channel stay so in the memory of a runtime, which expands them
+    by DequantizeLinear whenever it runs.
+
+    Raises:
+        UsageError: the model has no graph.
+        BadInput: entries and graph do not fit together, the opset is below 7 (13 for `keep_quantized`), or the file
+            would exceed 2 GiB.
+        MissingDependency: the package onnx is not installed.
+    """
     source = model.source.path
-    proto = parse(model.graph, source)
+    proto = _graph_of(model)
+    if keep_quantized:
+        check_dequantizes(proto, source)
     names = Names(proto, source)
     slots = _slots(proto, source)
     with atomic_file(path) as out, tempfile.TemporaryFile(dir=path.parent) as spool:
-        writer = Writer(proto, names, spool, source)
+        writer = Writer(proto, names, spool, source, keeps=keep_quantized)
         stored = {}
         for entry in entries:
             slot = slots.pop(entry.name, None)
@@ -114,6 +131,12 @@ def write(model: Model, entries: Iterable[Entry], path: Path, level: int | None)
             raise BadInput("the graph needs it, but the model does not have it", file=source, tensor=name)
         writer.finish(out)
     return stored
+
+
+def _graph_of(model: Model) -> ModelProto:
+    if model.graph is None:
+        raise UsageError("an ONNX file needs a graph; this model has only weights", file=model.source.path)
+    return parse(model.graph, model.source.path)
 
 
 def _slots(proto: ModelProto, source: Path) -> dict[str, TensorProto]:
