@@ -6,14 +6,15 @@ Without a model: the sample generator, the U-Net and those of ../shared/models. 
 shrink writes, header and kept tensors included. WebDNN's are those of its weight file, TensorFlow.js's those of its
 weight shards (codes only), ONNX Runtime's those of the whole .onnx file, NNCodec's those of its stream. SQNR is over
 all weights of two dimensions or more, against the values of the original; it is no picture quality. NNCodec's qp sets
-one step for all weights, so the same qp is another SQNR for other networks.
+one step for all weights, so the same qp is another SQNR for other networks. Calibrated is run without data, for so many
+dB at the outputs, and rounds by what these lose: its SQNR is low, and says little (python -m benchmarks calibrated).
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,30 @@ from numpy.typing import NDArray
 
 import shrink
 from benchmarks import nncodec, subjects
+from benchmarks.calibrated import calibrator_of, entries_of, file_bytes
 from benchmarks.subjects import Subject
 from benchmarks.tables import Table, published
 from shrink import given
+from shrink.bench.curve import MODES
 from shrink.bench.peers import peers, weights_sqnr_db
 from shrink.bench.plan import Variant
-from shrink.errors import ShrinkError
+from shrink.calibrate import search
+from shrink.calibrate.calibrated import Result
+from shrink.errors import BoundNotMet, ShrinkError
 from shrink.export import Network
 from shrink.formats import safetensors
-from shrink.model import Model
+from shrink.model import Entry, Model
 from shrink.pipeline import drop_state
 from shrink.progress import silent
 
-MODES = ("float16", "int8", "eightbit", "int4", "prune", "prune,int8", "prune,eightbit")
+TARGETS = (50.0, 45.0, 40.0)
+"""For calibrated: PSNR in dB, of the outputs on synthetic inputs that it holds out."""
+
+_CALIBRATED = ("cdcgan", "vgg7", "upconv7")
+_NOT_CALIBRATED = {
+    "lstm": "not measured: its file has no graph (python -m benchmarks calibrated keras-lstm)",
+    "unet": "not measured: it takes minutes (python -m benchmarks calibrated unet)",
+}
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -89,20 +101,43 @@ def _measured(subject: Subject, path: Path) -> list[dict[str, Any]]:
             shrink.save(shrink.quantize(model, mode), out)
             decoded = {t.name: t.array for t in safetensors.read(out).tensors}
             rows.append(row(f"shrink {mode}", out.stat().st_size, weights_sqnr_db(arrays, decoded)))
+    for label, entries in _calibrated(subject):
+        if entries is None:
+            rows.append({"mode": "shrink calibrated", "not_measured": label})
+            continue
+        changed = {entry.name: entry.array for entry in entries}
+        rows.append(row(label, file_bytes(entries)[0], weights_sqnr_db(arrays, {**arrays, **changed})))
     for peer in _peers(subject, model, path):
         if peer["bytes"] is None:
             rows.append({"mode": peer["name"], "not_measured": peer["note"]})
         else:
             rows.append(row(peer["name"], peer["bytes"], peer["sqnr_db"], peer["gzip"]))
-    for qp in nncodec.QPS:
-        name = f"NNCodec {nncodec.VERSION}, qp {qp}"
-        try:
-            made = nncodec.encoded(arrays, qp)
-        except ShrinkError as error:
-            rows.append({"mode": name, "not_measured": f"not measured: {error}"})
-        else:
+    try:
+        for made in nncodec.encoded(arrays, nncodec.QPS):
+            name = f"NNCodec {nncodec.VERSION}, qp {made.qp}"
             rows.append(row(name, made.size_bytes, weights_sqnr_db(arrays, made.decoded)))
+    except ShrinkError as error:
+        rows.append({"mode": f"NNCodec {nncodec.VERSION}", "not_measured": f"not measured: {error}"})
     return rows
+
+
+def _calibrated(subject: Subject) -> Iterator[tuple[str, list[Entry] | None]]:
+    """The entries at each target by what to call them; None and the reason where there are none."""
+    if subject.name not in _CALIBRATED:
+        yield _NOT_CALIBRATED[subject.name], None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trial = subjects.TRIALS[subject.name](Path(folder))
+        label = next(iter(trial.calibrations))
+        calibrator = calibrator_of(trial, label)
+        for target in TARGETS:
+            try:
+                found, _ = search.smallest_with(calibrator.at, target)
+            except BoundNotMet as error:
+                yield f"not measured: {error.message}", None
+                continue
+            if isinstance(found, Result):
+                yield f"shrink calibrated, {target:g} dB", list(entries_of(trial, found))
 
 
 def _peers(subject: Subject, model: Model, path: Path) -> list[dict[str, Any]]:

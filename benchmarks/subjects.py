@@ -122,13 +122,14 @@ def chosen(names: list[str]) -> list[Subject]:
 # What calibrated quantization is tried on
 
 _DEFAULT = "without data"
-_PICTURES = "calibrated on photographs"
+_PICTURES = "on photographs"
 
 
 @dataclass(frozen=True)
 class Trial:
     """A network, what it is calibrated on by turns, and inputs that none of these hold, (n, …), a sample a row.
 
+    `unchanged` are the inputs as outputs, where the network changes them but little: what doing nothing is worth.
     `evaluated` is the network for inputs of their size. `peak` is that of PSNR, None to take it from the outputs;
     `by_cosine` says that bounds are on the cosine of the outputs instead.
     """
@@ -140,6 +141,7 @@ class Trial:
     about: str
     peak: float | None = None
     by_cosine: bool = False
+    unchanged: NDArray[Any] | None = None
 
 
 def trials(names: list[str]) -> list[str]:
@@ -199,6 +201,7 @@ def _on_pictures(name: str, folder: Path, channels: int) -> Trial:
     network = _of_chainer(name, folder, (1, channels, 78, 78))
     wanted = inputs.inputs_of(network)
     pictures = _unseen_pictures(128)
+    shown = _grey(pictures) if channels == 1 else pictures
     return Trial(
         network,
         _of_chainer(name, folder, (1, channels, 128, 128)),
@@ -206,10 +209,11 @@ def _on_pictures(name: str, folder: Path, channels: int) -> Trial:
             _DEFAULT: inputs.calibration(wanted),
             _PICTURES: inputs.calibration(wanted, files=_photographs_in(folder)),
         },
-        _grey(pictures) if channels == 1 else pictures,
+        shown,
         "six pieces of 128×128 pixels: three of scikit-learn's two photographs, three of scikit-image's logo, horse "
         "and page (a drawing, a silhouette, a printed page)",
         peak=1.0,
+        unchanged=shown[:, :, 7:-7, 7:-7] if name == "vgg7" else None,
     )
 
 
@@ -265,13 +269,12 @@ def _of_zoo(name: str, folder: Path) -> Trial:
     network, _ = given.network(str(found.path), None, (",".join(map(str, (1, *samples.shape[1:]))),))
     wanted = inputs.inputs_of(network)
     own = inputs.Calibration(tuple({wanted[0].name: row[np.newaxis]} for row in samples), "its own")
+    # Tokens of a Keras network are one-hot, which nothing in it tells.
+    told = {"onehot:57": inputs.calibration(wanted, distribution="onehot:57")} if name == "keras-lstm" else {}
     return Trial(
         network,
         network,
-        {
-            _DEFAULT: inputs.calibration(wanted, vocabulary=_vocabulary(network)),
-            "calibrated on inputs of its own": own,
-        },
+        {_DEFAULT: inputs.calibration(wanted, vocabulary=_vocabulary(network)), **told, "on inputs of its own": own},
         found.evaluation[:_EVALUATED],
         f"{min(len(found.evaluation), _EVALUATED)} inputs that it was not trained on",
         by_cosine=name == "keras-lstm",

@@ -289,7 +289,8 @@ def _said(done: Quantizing, calibration: Calibration, made_up: bool) -> list[str
     if made_up:
         lines.append("These inputs are made up: give your own with --calibrate to be sure, and for a smaller file.")
     if done.resumed:
-        lines.append(f"{done.resumed} layers were done already by a run that was interrupted.")
+        layers = "layer was" if done.resumed == 1 else "layers were"
+        lines.append(f"{done.resumed} {layers} done already by a run that was interrupted.")
     return lines
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import shrink
-from benchmarks import nncodec, subjects, unet
+from benchmarks import calibrated, nncodec, subjects, unet
+from benchmarks.bounds import Curve, at, decibels, interpolated, tables
 from benchmarks.tables import Table, published
 from shrink.errors import ShrinkError
 from shrink.networks import chainer
@@ -88,4 +89,71 @@ def test_waifu2x_networks_make_the_same_picture_of_a_picture(name: str, factor: 
 def test_an_absent_nncodec_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(nncodec, "_PYTHON", tmp_path / "python")
     with pytest.raises(ShrinkError, match=r"not in build/nncodec .*numpy<2"):
-        nncodec.encoded({}, -38)
+        list(nncodec.encoded({}, [-38]))
+
+
+def test_what_a_bound_takes_is_read_between_the_points_that_no_other_beats() -> None:
+    points = [(30.0, 0.05), (40.0, 0.1), (50.0, 0.4), (44.0, 0.5), (39.0, 0.11)]
+    assert interpolated(points, 45.0) == pytest.approx(0.2)
+    assert interpolated(points, 40.0) == pytest.approx(0.1)
+    assert interpolated(points, 35.0) == pytest.approx(math.sqrt(0.05 * 0.1))
+    assert interpolated(points, 29.9) is None
+    assert interpolated(points, 50.1) is None
+    assert interpolated([], 45.0) is None
+
+
+def test_cosines_are_read_by_how_far_they_are_from_one() -> None:
+    assert decibels(0.99) == pytest.approx(20)
+    assert interpolated([(0.9, 0.1), (0.999, 0.4)], 0.99, decibels) == pytest.approx(0.2)
+
+
+def test_a_tool_without_a_knob_has_only_the_point_that_it_has() -> None:
+    curve = Curve("int8", [{"cosine": 0.9, "mean_psnr_db": 46.0, "share": 0.25, "payload": None}], swept=False)
+    assert [at(curve, "mean_psnr_db", bound, "share") for bound in (45.0, 46.0, 46.1)] == [0.25, 0.25, None]
+    assert at(curve, "mean_psnr_db", 45.0, "payload") is None
+
+
+def test_nothing_that_calibration_sees_is_evaluated(tmp_path: Path) -> None:
+    for name in ("zoo dense", "zoo lstm", "zoo upscaler"):
+        trial = subjects.TRIALS[name](tmp_path)
+        assert len(trial.calibrations) == 2
+        unseen = {row.tobytes() for row in trial.inputs}
+        assert len(unseen) == len(trial.inputs)
+        for calibration in trial.calibrations.values():
+            for sample in calibration.samples:
+                (value,) = sample.values()
+                assert value[0].shape == trial.inputs[0].shape
+                assert value[0].dtype == trial.inputs.dtype
+                assert value[0].tobytes() not in unseen
+    with pytest.raises(SystemExit, match="no model 'gen': cdcgan"):
+        subjects.trials(["gen"])
+    assert "unet" not in subjects.trials([])
+    assert subjects.trials(["unet"]) == ["unet"]
+
+
+def test_calibrated_is_measured_beside_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nncodec, "_PYTHON", tmp_path / "python")
+    trial = subjects.TRIALS["zoo dense"](tmp_path)
+    found = calibrated.measured(trial, (0.2, 0.1, 0.05))
+    curves = {curve["name"]: curve for curve in found["curves"]}
+    assert dict(found["not_measured"])["NNCodec 2.1.3"].startswith("not measured: nncodec 2.1.3 is not in")
+    own = curves["calibrated, on inputs of its own"]
+    assert len(own["points"]) == 7
+    for point in own["points"]:
+        assert 0 < point["payload"] < point["share"] < 0.25
+        assert point["worst_psnr_db"] <= point["mean_psnr_db"]
+    # A finer step takes more, and is better, but for what chance does.
+    fine, coarse = own["points"][1], own["points"][-1]
+    assert fine["bytes"] > coarse["bytes"]
+    assert fine["mean_psnr_db"] > coarse["mean_psnr_db"] + 8
+    shares = own["shares"]
+    assert shares[0] > shares[1] > shares[2]
+    for int8 in (curves["shrink int8"], curves["ONNX Runtime dynamic int8"], curves["TensorFlow.js uint8 + brotli"]):
+        (point,) = int8["points"]
+        assert 0.2 < point["share"] < 0.3
+        assert 50 < point["mean_psnr_db"] < 80
+    text = "\n".join(cell for table in tables({"zoo dense": found}) for row in table.rows for cell in row)
+    assert f"{shares[1]:.1%}" in text
+    assert (
+        "measured elsewhere" in " ".join(note for table in tables({"zoo dense": found}) for note in table.notes).lower()
+    )

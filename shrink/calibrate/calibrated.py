@@ -43,6 +43,8 @@ Values = dict[str, Array]
 
 # Added to the diagonal of what inputs and gradients tell, as shares of its mean. Gradients tell less surely.
 _INPUT_RIDGE, _OUTPUT_RIDGE, _LOOKUP_RIDGE = 0.03, 0.1, 1.0
+# Positions that the mean of a layer's inputs is taken to be 0 at, beside those that were seen.
+_MEAN_PRIOR = 4
 # Positions that are looked at: in all, and per input of the layer.
 _LEAST_POSITIONS, _POSITIONS_PER_INPUT = 1 << 14, 10
 # One in so many samples is not calibrated on, but measures the result.
@@ -78,7 +80,7 @@ class Result:
 class Calibrator:
     """A network and what is known about it from samples. Each call of `at` quantizes it once.
 
-    `chosen` are the tensors to quantize. `store` remembers finished layers. `effort` is the coder's. `keep_quantized`:
+    `chosen` are the tensors to quantize, `fixed` those that not even a bias may change of. `store` remembers finished layers. `effort` is the coder's. `keep_quantized`:
     the integers are of 8 bits, with a scale for each output channel, and not entropy-coded.
 
     Raises:
@@ -98,10 +100,11 @@ class Calibrator:
         progress: Progress = silent,
         store: Store | None = None,
         keep_quantized: bool = False,
+        fixed: frozenset[str] = frozenset(),
     ):
         self.network, self.source = network, calibration.source
         self._seed, self._effort, self._progress = seed, effort, progress
-        self._keep = keep_quantized
+        self._keep, self._fixed = keep_quantized, fixed
         self._store = store or Store(None, "")
         wanted = set(chosen)
         found = [layer for layer in finding.layers(network.model) if layer.tensor in wanted]
@@ -256,7 +259,8 @@ class Calibrator:
         moments = Covariance(layer, positions_at_most=self._positions(layer), seed=self._seed, weights=matrix)
         for values, before in zip(known, self._reference, strict=True):
             moments.collect(values, before)
-        bias = layer.bias if layer.bias is not None and not layer.diagonal and layer.kind != "recurrent" else None
+        free = layer.bias is not None and layer.bias not in self._fixed
+        bias = layer.bias if free and not layer.diagonal and layer.kind != "recurrent" else None
         g = damped(self._g[layer.tensor], _OUTPUT_RIDGE)
         extra = layer.extra()
         aim: F64 = matrix.astype(np.float64)
@@ -266,9 +270,10 @@ class Calibrator:
         else:
             second, cross = steadied(moments.matrix, moments.cross, matrix)
             if bias is not None:
-                # The bias takes the mean; what is left is the spread around it.
-                second -= np.einsum("gi,gj->gij", moments.mean, moments.mean)
-                cross -= np.einsum("go,gi->goi", moments.target_mean, moments.mean)
+                # The bias takes the mean; what is left is the spread around it. Few positions tell the mean badly.
+                share = moments.count / (moments.count + _MEAN_PRIOR)
+                second -= share * np.einsum("gi,gj->gij", moments.mean, moments.mean)
+                cross -= share * np.einsum("go,gi->goi", moments.target_mean, moments.mean)
             ridge = _ridge(layer.inputs, moments.count)
             h = damped(second, ridge)
             if second.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,17 @@ class Work:
     def chosen(self) -> list[str]:
         return [name for name, decision in self.decisions.items() if not isinstance(decision, Kept)]
 
+    @property
+    def fixed(self) -> frozenset[str]:
+        """What the user said is to stay as it is."""
+        kept = {name: decision for name, decision in self.decisions.items() if isinstance(decision, Kept)}
+        return frozenset(name for name, decision in kept.items() if decision.reason.startswith("by --exclude"))
+
+    @property
+    def named(self) -> list[str]:
+        """Both, told apart: what the result depends on."""
+        return [*self.chosen, *(f"!{name}" for name in self.fixed)]
+
 
 @dataclass(frozen=True)
 class Quantizing:
@@ -82,7 +94,7 @@ def quantized(
     if not work.chosen:
         raise UsageError("no tensor is left to quantize", file=work.model.source.path)
     keep = work.keep_quantized
-    identity = identity_of(work.network, work.calibration, work.chosen, work.seed, work.effort, keep_quantized=keep)
+    identity = identity_of(work.network, work.calibration, work.named, work.seed, work.effort, keep_quantized=keep)
     store = Store(unfinished, identity)
     passes = 1 if target.step is not None or (keep and target.min_psnr is None) else _PASSES
     watched = _Passes(progress, passes)
@@ -95,6 +107,7 @@ def quantized(
         progress=watched,
         store=store,
         keep_quantized=keep,
+        fixed=work.fixed,
     )
     number = 1
 
@@ -106,27 +119,38 @@ def quantized(
     def size(found: search.Measured) -> int:
         return size_of(found.entries) if isinstance(found, Result) else 0
 
-    if target.step is not None:
-        found: search.Measured = at(target.step)
-    elif target.min_psnr is not None:
-        found, number = search.smallest_with(at, target.min_psnr)
-        if target.max_bytes is not None and size(found) > target.max_bytes:
-            raise BoundNotMet(
-                f"{target.min_psnr:g} dB take {size(found):,} bytes, over {target.max_bytes:,}", hint="give one up"
-            )
-    elif keep:
-        # Eight bits are eight bits, however fine the steps: the finest that they hold.
-        found = at(_FINEST)
-        if size(found) > (target.max_bytes or 0):
-            raise BoundNotMet(
-                f"weights of 8 bits take {size(found):,} bytes, over {target.max_bytes or 0:,}",
-                hint="leave --keep-quantized out: what is expanded when it is loaded takes fewer",
-            )
-    else:
-        found, number = search.best_within(at, size, target.max_bytes or 0, calibrator.weights)
+    with _cleared_where_not_met(store):
+        if target.step is not None:
+            found: search.Measured = at(target.step)
+        elif target.min_psnr is not None:
+            found, number = search.smallest_with(at, target.min_psnr)
+            if target.max_bytes is not None and size(found) > target.max_bytes:
+                raise BoundNotMet(
+                    f"{target.min_psnr:g} dB take {size(found):,} bytes, over {target.max_bytes:,}", hint="give one up"
+                )
+        elif keep:
+            # Eight bits are eight bits, however fine the steps: the finest that they hold.
+            found = at(_FINEST)
+            if size(found) > (target.max_bytes or 0):
+                raise BoundNotMet(
+                    f"weights of 8 bits take {size(found):,} bytes, over {target.max_bytes or 0:,}",
+                    hint="leave --keep-quantized out: what is expanded when it is loaded takes fewer",
+                )
+        else:
+            found, number = search.best_within(at, size, target.max_bytes or 0, calibrator.weights)
     if not isinstance(found, Result):
         raise TypeError(type(found))
     return Quantizing(found, number, calibrator.held_out, store.found, store)
+
+
+@contextlib.contextmanager
+def _cleared_where_not_met(store: Store) -> Iterator[None]:
+    """What cannot be is not unfinished."""
+    try:
+        yield
+    except BoundNotMet:
+        store.clear()
+        raise
 
 
 def merged(model: Model, entries: Entries) -> Iterator[Entry]:

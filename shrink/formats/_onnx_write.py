@@ -273,7 +273,9 @@ def _is_linear(entry: Quantized) -> bool:
 def _affine(entry: Quantized, *, dequantize: bool = False) -> tuple[int, _Emit]:
     """What the initializers of an affine.1 tensor take, and the function that emits them.
 
-    `dequantize`, for what `_is_linear`: as one node, which runtimes do not work out in advance.
+    `dequantize`, for what `_is_linear`: by DequantizeLinear, which runtimes do not work out in advance. Of a matrix
+    right behind it, ONNX Runtime would make a product that rounds the other factor to 8 bits as well, and lose far more
+    than was asked for: a Reshape, which moves no bytes, stands between.
 
     Without blocks, scales broadcast over codes that keep the tensor's shape. With blocks, codes stay a matrix of
     (rows, values per row), scales and zero points are spread over it, and the product gets its shape at the end.
@@ -309,10 +311,15 @@ def _affine(entry: Quantized, *, dequantize: bool = False) -> tuple[int, _Emit]:
 
     def emit(writer: Writer, name: str) -> tuple[str, list[_Op]]:
         if bits == 8:
-            start = writer.constant(f"{name}.codes", codes.view(np.int8).reshape(work_shape))
+            between = dequantize and len(shape) == 2
+            start = writer.constant(
+                f"{name}.codes", codes.view(np.int8).reshape((1, *shape) if between else work_shape)
+            )
             if dequantize:
                 scale = writer.constant(f"{name}.scale", scales.reshape(() if axis is None else (-1,)))
-                return start, [_Op("DequantizeLinear", (scale,), () if axis is None else (("axis", axis),))]
+                attributes = () if axis is None else (("axis", axis + between),)
+                ops = [_Op("DequantizeLinear", (scale,), attributes)]
+                return start, [*ops, writer.reshape(shape)] if between else ops
             ops = [writer.cast("F32")]
         else:
             packed = writer.constant(f"{name}.codes", codes)
