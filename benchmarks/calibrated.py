@@ -48,6 +48,7 @@ from shrink.bench.curve import MODES
 from shrink.bench.size import gzip
 from shrink.calibrate import quality, search
 from shrink.calibrate.calibrated import Calibrator, Result
+from shrink.calibrate.quantizing import FEWEST_WEIGHTS
 from shrink.calibrate.running import Graph
 from shrink.errors import BoundNotMet, MissingDependency, ShrinkError
 from shrink.formats import onnx as onnx_format
@@ -241,7 +242,8 @@ def file_bytes(entries: Sequence[Entry]) -> tuple[int, int]:
 
 def calibrator_of(trial: Trial, label: str) -> Calibrator:
     """As `shrink quantize` makes it: for the tensors that int8 takes, too."""
-    decisions = decided(drop_state(trial.network.model), recipes.from_flags("int8", (), (), None, {}))
+    recipe = recipes.from_flags("int8", (), (), None, {})
+    decisions = decided(drop_state(trial.network.model), recipe, fewest=FEWEST_WEIGHTS)
     chosen = [name for name, decision in decisions.items() if not isinstance(decision, Kept)]
     return Calibrator(trial.network, trial.calibrations[label], chosen)
 

@@ -236,7 +236,9 @@ def _calibrated(
 
     reduced = loaded if keep_all else pipeline.drop_state(loaded)
     # int8 takes the same tensors: those of two dimensions or more that are worth it.
-    decisions = pipeline.decided(reduced, recipes.from_flags("int8", include, exclude, None, {}))
+    decisions = pipeline.decided(
+        reduced, recipes.from_flags("int8", include, exclude, None, {}), fewest=quantizing.FEWEST_WEIGHTS
+    )
     work = quantizing.Work(network, calibration, reduced, decisions, asked.seed, asked.effort, keep_quantized)
 
     def size_of(entries: Mapping[str, Entry]) -> int:

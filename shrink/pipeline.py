@@ -115,10 +115,11 @@ def _by_either_name(recipe: Recipe, model: Model) -> Recipe:
     return dataclasses.replace(recipe, rules=tuple(rules))
 
 
-def decided(model: Model, recipe: Recipe, *, to_webdnn: bool = False) -> dict[str, Decision]:
+def decided(model: Model, recipe: Recipe, *, to_webdnn: bool = False, fewest: int | None = None) -> dict[str, Decision]:
     """The recipe's decision for every weight of the model. Rules may name those of a trainer snapshot with its prefix
     or without, whether or not `drop_state` has taken it off.
 
+    `fewest` is the size from which a tensor is worth it, where that is not the usual one.
     `to_webdnn`: the result becomes a WebDNN folder, whose eightbit form holds coded tensors only.
 
     Raises:
@@ -133,7 +134,7 @@ def decided(model: Model, recipe: Recipe, *, to_webdnn: bool = False) -> dict[st
         )
     # WebDNN's layouts are flat: they say how many values a tensor has, not its shape.
     source = model.source.format
-    fewest = _FEWEST_WEIGHTS_IN.get(source, _FEWEST_WEIGHTS)
+    fewest = fewest or _FEWEST_WEIGHTS_IN.get(source, _FEWEST_WEIGHTS)
     decisions = wants(_by_either_name(recipe, model), weights, flat=source == "webdnn", every=every, fewest=fewest)
     return _with_global_thresholds(model, decisions)
 

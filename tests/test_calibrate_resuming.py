@@ -302,7 +302,7 @@ def test_a_command_that_is_stopped_goes_on_the_next_time(
     assert any(unfinished.glob(LAYER))
     outcome = run(*command(tmp_path, "a.safetensors"))
     assert outcome.code == 0, outcome.stderr
-    assert "were done already by a run that was interrupted" in outcome.stdout
+    assert "done already by a run that was interrupted" in outcome.stdout
     assert (tmp_path / "a.safetensors").read_bytes() == undisturbed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "samples.npz"]
 

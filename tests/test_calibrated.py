@@ -244,7 +244,7 @@ ODD = (
     Odd("an output that is a weight", *matmul(8, 16, 6), outputs=("y", "w1")),
     Odd("operator without gradient",
         [node("MatMul", "x w", "h"), node("TopK", "h k", "t n", axis=1), node("MatMul", "t v", "y")],
-        {"w": normal(8, 6), "k": np.array([4]), "v": normal(4, 6)}),
+        {"w": normal(8, 6), "k": np.array([4]), "v": normal(4, 6)}, at_least=25),
     Odd("recurrent", [node("LSTM", "x w r b", "s y", hidden_size=5)],
         {"w": normal(1, 20, 8), "r": normal(1, 20, 5), "b": normal(1, 40)}, {"x": ([6, 1, 8], "f4")}, at_least=25),
     Odd("both ways", [node("GRU", "x w r b", "y", hidden_size=5, direction="bidirectional")],

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shrink import formats, given, pipeline
 from shrink import recipe as recipes
-from shrink.calibrate.calibrated import Calibrator, _parted
+from shrink.calibrate.calibrated import Calibrator, parted
 from shrink.calibrate.inputs import Calibration
 from shrink.calibrate.layout import Layout
 from shrink.calibrate.quantizing import merged
@@ -150,7 +150,7 @@ def test_onnx_runtime_gets_what_was_measured(name: str, tmp_path: Path) -> None:
     assert said["output_bytes"] == output.stat().st_size < zoo.path.stat().st_size
 
     # The choice is made by the seed, 0.
-    held_out = np.stack([sample["x"] for sample in _parted([{"x": x} for x in samples(zoo)], 0)[0]])
+    held_out = np.stack([sample["x"] for sample in parted([{"x": x} for x in samples(zoo)], 0)[0]])
     assert said["calibration"]["held_out"] == len(held_out)
     plain = with_values(zoo.path, plain_and_expanded(output), tmp_path / "plain.onnx")
     ours = zoo.outputs(held_out, output)

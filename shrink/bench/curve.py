@@ -31,7 +31,7 @@ from shrink.quantizers import Kept
 if TYPE_CHECKING:
     from shrink.calibrate.calibrated import Calibrator, Result
     from shrink.calibrate.inputs import Calibration
-    from shrink.calibrate.quality import Quality
+from shrink.calibrate.quality import Quality
 
 __all__ = ["CALIBRATED", "MODES", "POINTS", "Plan", "as_bytes", "checked", "measure", "read", "steps_around", "write"]
 
@@ -159,7 +159,9 @@ def _plain(model: Model) -> Model:
 
 def _kept(model: Model) -> dict[str, str]:
     """The tensors that every mode leaves alone, and why."""
-    decisions = decided(model, _recipe("int8"))
+    from shrink.calibrate.quantizing import FEWEST_WEIGHTS
+
+    decisions = decided(model, _recipe("int8"), fewest=FEWEST_WEIGHTS)
     return {name: found.reason for name, found in decisions.items() if isinstance(found, Kept)}
 
 

@@ -24,7 +24,7 @@ from shrink.calibrate.layers import Layer
 from shrink.calibrate.layout import Layout, layout, one_axis
 from shrink.calibrate.quality import Quality, cost, measured, peaks_of
 from shrink.calibrate.resuming import Store
-from shrink.calibrate.rounding import damped, rounded, steadied, targets
+from shrink.calibrate.rounding import damped, rounded, steadied, targets, without_means
 from shrink.calibrate.running import Graph
 from shrink.coders import rans
 from shrink.errors import BadInput, UsageError
@@ -34,7 +34,7 @@ from shrink.progress import Progress, silent
 from shrink.quantizers import Quantizer, by_mode
 from shrink.steps import Step
 
-__all__ = ["Calibrator", "LayerResult", "Result"]
+__all__ = ["Calibrator", "LayerResult", "Result", "parted"]
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
@@ -43,6 +43,8 @@ Values = dict[str, Array]
 
 # Added to the diagonal of what inputs and gradients tell, as shares of its mean. Gradients tell less surely.
 _INPUT_RIDGE, _OUTPUT_RIDGE, _LOOKUP_RIDGE = 0.03, 0.1, 1.0
+# From this step on float16 is exact beside it.
+_HALVES_FROM = 5e-4
 # Positions that the mean of a layer's inputs is taken to be 0 at, beside those that were seen.
 _MEAN_PRIOR = 4
 # Positions that are looked at: in all, and per input of the layer.
@@ -70,6 +72,8 @@ class Result:
     entries: Mapping[str, Entry]
     layers: tuple[LayerResult, ...]
     quality: Quality
+    halved: frozenset[str] = frozenset()
+    """Small tensors that are in float16, as that costs next to nothing at this step."""
 
     @property
     def size_bytes(self) -> int:
@@ -80,8 +84,9 @@ class Result:
 class Calibrator:
     """A network and what is known about it from samples. Each call of `at` quantizes it once.
 
-    `chosen` are the tensors to quantize, `fixed` those that not even a bias may change of. `store` remembers finished layers. `effort` is the coder's. `keep_quantized`:
-    the integers are of 8 bits, with a scale for each output channel, and not entropy-coded.
+    `chosen` are the tensors to quantize, `fixed` those that nothing may change, be they biases. `store` remembers
+    finished layers. `effort` is the coder's. `keep_quantized`: weights of 8 bits with one scale per output channel,
+    which an ONNX file holds, instead of entropy-coded.
 
     Raises:
         UsageError: the model has no graph.
@@ -104,7 +109,7 @@ class Calibrator:
     ):
         self.network, self.source = network, calibration.source
         self._seed, self._effort, self._progress = seed, effort, progress
-        self._keep, self._fixed = keep_quantized, fixed
+        self._keep, self._fixed, self._chosen = keep_quantized, fixed, frozenset(chosen)
         self._store = store or Store(None, "")
         wanted = set(chosen)
         found = [layer for layer in finding.layers(network.model) if layer.tensor in wanted]
@@ -119,7 +124,7 @@ class Calibrator:
                 raise BadInput("it holds values that are not finite", file=self._graph.file, tensor=name)
         self._types = {name: value.dtype for name, value in calibration.samples[0].items()}
         samples = [dict(sample) for sample in calibration.samples]
-        self._checks, self._fits = _parted(samples, seed)
+        self._checks, self._fits = parted(samples, seed)
         self._fits = _mixed(self._fits, [dict(sample) for sample in calibration.added])
         self.outputs = self._run_checks()
         self.peaks = peaks_of(self.outputs)
@@ -150,6 +155,8 @@ class Calibrator:
             entries |= made
             results.append(result)
             done += entry.size
+        halved = self._halved(step)
+        entries |= halved
         known = [dict(sample) for sample in self._fits]
         for layer in self._layers:
             self._progress(layer.tensor, done, self.weights)
@@ -165,7 +172,7 @@ class Calibrator:
             entries |= stored[1]
             done += math.prod(layer.shape)
         self._progress("", self.weights, self.weights)
-        return Result(step, entries, tuple(results), self.quality_now())
+        return Result(step, entries, tuple(results), self.quality_now(), frozenset(halved))
 
     def quality_of(self, arrays: Mapping[str, Array]) -> Quality:
         """How the network does with other values for these weights, and the original ones for all others."""
@@ -259,8 +266,7 @@ class Calibrator:
         moments = Covariance(layer, positions_at_most=self._positions(layer), seed=self._seed, weights=matrix)
         for values, before in zip(known, self._reference, strict=True):
             moments.collect(values, before)
-        free = layer.bias is not None and layer.bias not in self._fixed
-        bias = layer.bias if free and not layer.diagonal and layer.kind != "recurrent" else None
+        bias = layer.bias if self._corrects(layer) else None
         g = damped(self._g[layer.tensor], _OUTPUT_RIDGE)
         extra = layer.extra()
         aim: F64 = matrix.astype(np.float64)
@@ -269,14 +275,17 @@ class Calibrator:
             h = moments.matrix + _LOOKUP_RIDGE * moments.matrix.mean()
         else:
             second, cross = steadied(moments.matrix, moments.cross, matrix)
+            moments.forget()
             if bias is not None:
                 # The bias takes the mean; what is left is the spread around it. Few positions tell the mean badly.
                 share = moments.count / (moments.count + _MEAN_PRIOR)
-                second -= share * np.einsum("gi,gj->gij", moments.mean, moments.mean)
-                cross -= share * np.einsum("go,gi->goi", moments.target_mean, moments.mean)
+                without_means(second, moments.mean, share * moments.mean)
+                without_means(cross, moments.target_mean, share * moments.mean)
             ridge = _ridge(layer.inputs, moments.count)
+            is_known = bool(second.any())
             h = damped(second, ridge)
-            if second.any():
+            del second
+            if is_known:
                 aim = targets(matrix, h, cross, ridge, extra)
         place = one_axis(layer) if self._keep else layout(layer)
         made = rounded(aim, extra, h, g, base, place, *([_INT8] if self._keep else []))
@@ -306,6 +315,29 @@ class Calibrator:
         if self._keep:
             return _int8(name, shape, codes, made.row_steps, place.rows)
         return _entry(name, shape, codes, made.scale, made.row_exponents, made.column_exponents, place, self._effort)
+
+    def _halved(self, step: float) -> dict[str, Entry]:
+        """The tensors of one number per channel in float16, where the step is far coarser than that."""
+        if step < _HALVES_FROM or self._keep:
+            return {}
+        corrected = {layer.bias for layer in self._layers if self._corrects(layer)}
+        out: dict[str, Entry] = {}
+        for entry in self.network.model.tensors:
+            small = entry.size > 1 and sum(n > 1 for n in entry.shape) < 2 and entry.dtype == DTYPES["F32"]
+            if not small or entry.name in self._fixed | self._chosen | corrected or not self._graph.has(entry.name):
+                continue
+            x = self._original[entry.name]
+            made = by_mode("float16").quantize(entry.name, np.ascontiguousarray(x, np.float32).reshape(entry.shape))
+            # Below 2^-14 float16 loses its precision: a small variance would not survive.
+            if isinstance(made, Quantized) and np.all(np.abs(made.array - x) <= np.abs(x) * 2.0**-10):
+                self._graph.put(entry.name, made.array)
+                out[entry.name] = made
+        return out
+
+    def _corrects(self, layer: Layer) -> bool:
+        """Whether the layer has a bias that may take what is left of the mean error."""
+        free = layer.bias is not None and layer.bias not in self._fixed
+        return free and not layer.diagonal and layer.kind != "recurrent"
 
     def _bias(self, name: str, layer: Layer, shift: F64, g: F64, base: float) -> dict[str, Entry]:
         """The bias with the mean error taken out, in float16 where that costs next to nothing."""
@@ -344,7 +376,7 @@ class Calibrator:
         return result, {entry.name: made}
 
 
-def _parted(samples: list[Values], seed: int) -> tuple[list[Values], list[Values]]:
+def parted(samples: list[Values], seed: int) -> tuple[list[Values], list[Values]]:
     """Those that measure the result, chosen by the seed, and those to calibrate on; one sample has to be both."""
     if len(samples) == 1:
         return samples, samples

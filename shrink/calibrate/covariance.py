@@ -157,6 +157,12 @@ class Covariance:
             raise BadInput("the values that go into it are too large to multiply", tensor=self.layer.tensor)
         return self._cross / max(1, self.count)
 
+    def forget(self) -> None:
+        """Let go of the sums, which may be large; the means and the count stay."""
+        self._flush()
+        self._sum = self._sum[:, :0]
+        self._buffer = self._targets = None
+
     @property
     def target_mean(self) -> NDArray[np.float64]:
         """The mean of weights · reference, (groups, outputs)."""

@@ -20,7 +20,10 @@ from shrink.progress import Progress
 from shrink.quantizers import Kept
 from shrink.recipe import Decision
 
-__all__ = ["Quantizing", "Target", "Work", "changes", "merged", "quantized"]
+__all__ = ["FEWEST_WEIGHTS", "Quantizing", "Target", "Work", "changes", "merged", "quantized"]
+
+FEWEST_WEIGHTS = 96
+"""Smaller tensors cost more to describe than calibration saves."""
 
 Entries = Mapping[str, Entry]
 
@@ -174,6 +177,8 @@ def changes(model: Model, decisions: Mapping[str, Decision], result: Result) -> 
             continue
         mode = "calibrated" if tensor.name in notes else "bias"
         note = notes.get(tensor.name, "took over the mean error")
+        if tensor.name in result.halved:
+            mode, note = "float16", "one number per channel (a bias or batch-norm value)"
         out.append(Change(tensor.name, tensor.shape, mode, note, original, difference(tensor.array, entry.array)))
     return out
 

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from shrink.calibrate.layout import Layout
 from shrink.coders.wasm import Feedback
 
-__all__ = ["Rounded", "damped", "rounded", "steadied", "targets"]
+__all__ = ["Rounded", "damped", "rounded", "steadied", "targets", "without_means"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 
+_ROWS = 256
 # Columns that are rounded at once; what they do to earlier ones is a product of matrices.
 _BLOCK = 64
 _LARGEST_CODE = 32000
@@ -71,6 +72,14 @@ def steadied(moments: F64, cross: F64, matrix: F32) -> tuple[F64, F64]:
     steady = moments.copy()
     np.einsum("gii->gi", steady)[...] += little
     return steady, cross + little[:, None] * matrix
+
+
+def without_means(moments: F64, left: F64, right: F64) -> None:
+    """Take left rightᵀ off (groups, n, m), in place and a block of rows at a time: there is no room for it twice."""
+    for group in range(len(moments)):
+        for start in range(0, moments.shape[1], _ROWS):
+            rows = slice(start, start + _ROWS)
+            moments[group, rows] -= left[group, rows, None] * right[group]
 
 
 def targets(matrix: F32, h: F64, cross: F64, ridge: float, extra: NDArray[np.bool_]) -> F64:
