@@ -26,7 +26,7 @@ Document = dict[str, Any]
 Point = dict[str, Any]
 
 MADE_UP = (
-    "The inputs are made up. On real ones accuracy is often lower, by 10 dB and more, and other steps may be the right "
+    "The inputs are made up. On real ones accuracy is often lower by some dB, and other steps may be the right "
     "ones: give your own with --calibrate, or say with --input-distribution what they are drawn from."
 )
 """What to say of numbers that were measured on such samples."""

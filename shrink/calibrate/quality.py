@@ -18,6 +18,10 @@ Array = NDArray[Any]
 Values = Mapping[str, Array]
 
 
+# Per cent of the pixels at either end that may lie beyond a picture's range, and how far the others may.
+_TAIL, _OVERSHOOT = 1, 0.05
+
+
 @dataclass(frozen=True)
 class Quality:
     """PSNR in dB, infinite where nothing differs, −inf where outputs are not finite.
@@ -33,9 +37,22 @@ class Quality:
 
 
 def peaks_of(outputs: Sequence[Values]) -> dict[str, float]:
-    """The peak of each output of numbers, as for PSNR."""
+    """The peak of each output of numbers, as for PSNR: 1 for pictures from 0 to 1, 2 for those from -1 to 1.
+
+    That some pixels overshoot does not make a picture's range larger.
+    """
     names = [name for name, value in outputs[0].items() if value.dtype.kind == "f"]
-    return {name: peak_of(np.concatenate([o[name].reshape(-1) for o in outputs])) for name in names}
+    return {name: _peak(np.concatenate([o[name].reshape(-1) for o in outputs])) for name in names}
+
+
+def _peak(values: Array) -> float:
+    if values.size and np.isfinite(values).all():
+        low, high = np.percentile(values.astype(np.float64), [_TAIL, 100 - _TAIL])
+        if low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT and values.max() > 0.5:
+            return 1.0
+        if low >= -1 - _OVERSHOOT and high <= 1 + _OVERSHOOT and max(-values.min(), values.max()) > 0.5:
+            return 2.0
+    return peak_of(values)
 
 
 def cost(original: Values, other: Values, peaks: Mapping[str, float]) -> float:
