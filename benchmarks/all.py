@@ -11,7 +11,7 @@ import argparse
 import importlib
 import traceback
 
-SUITES = ("size", "speed", "decode", "split", "pages", "latency")
+SUITES = ("size", "calibrated", "speed", "decode", "split", "pages", "latency")
 
 
 def main(arguments: list[str]) -> int:
