@@ -43,17 +43,16 @@ from benchmarks.peers import tensorflowjs_uint8, webdnn_decode, webdnn_encoder
 from benchmarks.subjects import Trial
 from benchmarks.tables import published
 from shrink import container
-from shrink import recipe as recipes
 from shrink.bench.curve import MODES
 from shrink.bench.size import gzip
 from shrink.calibrate import quality, search
 from shrink.calibrate.calibrated import Calibrator, Result
-from shrink.calibrate.quantizing import FEWEST_WEIGHTS
+from shrink.calibrate.quantizing import chosen_of, merged
 from shrink.calibrate.running import Graph
 from shrink.errors import BoundNotMet, MissingDependency, ShrinkError
 from shrink.formats import onnx as onnx_format
 from shrink.model import Entry
-from shrink.pipeline import decided, drop_state
+from shrink.pipeline import drop_state
 from shrink.quantizers import Kept
 from shrink.steps import EIGHTBIT_TABLE
 
@@ -242,15 +241,14 @@ def file_bytes(entries: Sequence[Entry]) -> tuple[int, int]:
 
 def calibrator_of(trial: Trial, label: str) -> Calibrator:
     """As `shrink quantize` makes it: for the tensors that int8 takes, too."""
-    recipe = recipes.from_flags("int8", (), (), None, {})
-    decisions = decided(drop_state(trial.network.model), recipe, fewest=FEWEST_WEIGHTS)
+    decisions = chosen_of(drop_state(trial.network.model))
     chosen = [name for name, decision in decisions.items() if not isinstance(decision, Kept)]
     return Calibrator(trial.network, trial.calibrations[label], chosen)
 
 
 def entries_of(trial: Trial, result: Result) -> Iterator[Entry]:
     """What is written: tensors that did not change are kept."""
-    return (result.entries.get(tensor.name, tensor) for tensor in drop_state(trial.network.model).tensors)
+    return merged(drop_state(trial.network.model), result.entries)
 
 
 def _calibrated(trial: Trial, label: str, measuring: _Measuring) -> tuple[list[Point], dict[str, Any]]:

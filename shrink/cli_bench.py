@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from tabulate import tabulate
 
 from shrink import formats, given
 from shrink.bench import BACKENDS, MODES, NETWORKS, BrowserOptions, Inputs, Plan, document, measure, summary, wording
 from shrink.bench.document import RUNS_AT_MOST
+from shrink.cli_shared import command_line, debug_option, json_option
 from shrink.errors import MissingDependency, OutputError, ShrinkError, UsageError, printable
 from shrink.files import atomic_file, io_errors
 from shrink.networks import chainer
@@ -30,8 +29,6 @@ __all__ = ["bench_command", "report_command"]
 
 Document = dict[str, Any]
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-_debug = click.option("--debug", is_flag=True, hidden=True, expose_value=False)
 _force = click.option("--force", is_flag=True, help="Replace an existing report.")
 _file = click.Path(path_type=Path)
 
@@ -73,8 +70,8 @@ _HEAD_BYTES = 1 << 16
 @click.option("--chromium", type=_file, help="The browser.  [default: the one on the PATH]")
 @click.option("-o", "--output", type=_file, help="Where to write.  [default: <stem>.bench.html beside the model]")
 @_force
-@_json
-@_debug
+@json_option
+@debug_option
 @click.pass_context
 def bench_command(
     context: click.Context,
@@ -126,7 +123,7 @@ def bench_command(
         network,
         model,
         datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        command=_command(context),
+        command=command_line(context),
         modes=_listed(modes, "--modes") if modes is not None else MODES,
         files=variants,
         inputs=Inputs(data, labels, samples),
@@ -157,8 +154,8 @@ def bench_command(
 @click.argument("data", type=_file, metavar="DATA.json")
 @click.option("-o", "--output", type=_file, help="The page to write.  [default: DATA.html]")
 @_force
-@_json
-@_debug
+@json_option
+@debug_option
 def report_command(data: Path, output: Path | None, force: bool, as_json: bool) -> None:
     """Make the page of DATA.json, which `shrink bench` wrote, again. Nothing is measured.
 
@@ -199,22 +196,6 @@ def _browser_options(
     if len(set(names)) < len(names):
         raise UsageError("a backend is named twice")
     return BrowserOptions(names, network, runs, seconds, visits, chromium, server)
-
-
-def _command(context: click.Context) -> str:
-    """The command as it was given, option by option."""
-    words: list[str] = ["shrink", str(context.info_name)]
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params.get(name)
-        if isinstance(parameter, click.Argument):
-            words += map(str, value) if isinstance(value, tuple) else [str(value)]
-        elif isinstance(parameter, click.Option) and parameter.expose_value:
-            for each in value if isinstance(value, tuple) else [value]:
-                words += [parameter.opts[-1]] if parameter.is_flag else [parameter.opts[-1], str(each)]
-    return shlex.join(words)
 
 
 # Where it goes

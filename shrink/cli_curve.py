@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from tabulate import tabulate
 
 from shrink import given
 from shrink.cli_calibrate import Calibrating, calibration_of, calibration_options, is_made_up
-from shrink.cli_shared import beside, check_output, debug_option, force_option
+from shrink.cli_shared import beside, check_output, command_line, debug_option, force_option
 from shrink.errors import MissingDependency, UsageError, printable
 from shrink.files import atomic_file
 from shrink.networks import chainer
@@ -90,7 +88,7 @@ def curve_command(
         points=points,
         seed=asked.seed,
         effort=asked.effort,
-        command=_command(context),
+        command=command_line(context),
     )
     measured: list[Document] = []
     try:
@@ -113,22 +111,6 @@ def _modes(text: str) -> tuple[str, ...]:
     if not all(names):
         raise UsageError(f"--modes {printable(text)!r} has an empty name in it")
     return tuple(name.replace("+", ",") for name in names)
-
-
-def _command(context: click.Context) -> str:
-    """The command as it was given, option by option."""
-    words: list[str] = ["shrink", str(context.info_name)]
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params.get(name)
-        if isinstance(parameter, click.Argument):
-            words.append(str(value))
-        elif isinstance(parameter, click.Option) and parameter.expose_value:
-            for each in value if isinstance(value, tuple) else [value]:
-                words += [parameter.opts[-1]] if parameter.is_flag else [parameter.opts[-1], str(each)]
-    return shlex.join(words)
 
 
 # Where it goes

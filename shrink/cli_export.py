@@ -13,6 +13,7 @@ import click
 
 from shrink import given, site
 from shrink import recipe as recipes
+from shrink.cli_shared import debug_option
 from shrink.errors import OutputError, ShrinkError, UsageError, printable
 from shrink.export import Target, all_targets, by_name
 from shrink.files import atomic_folder
@@ -23,8 +24,6 @@ from shrink.split import site as splitting
 from shrink.terminal import bar, emit, in_words
 
 __all__ = ["export", "serve"]
-
-_debug = click.option("--debug", is_flag=True, hidden=True, expose_value=False)
 
 
 @click.command()
@@ -58,7 +57,7 @@ _debug = click.option("--debug", is_flag=True, hidden=True, expose_value=False)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--force", is_flag=True, help="Replace an exported page.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@_debug
+@debug_option
 def export(
     model: str,
     weights: Path | None,
@@ -218,7 +217,7 @@ def _became(changes: Sequence[Change]) -> list[str]:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="The port.  [default: one that is free]")
 @click.option("--json", "as_json", is_flag=True, help="Print the address as JSON.")
-@_debug
+@debug_option
 @click.pass_context
 def serve(context: click.Context, folder: Path, port: int, as_json: bool) -> None:
     """Serve FOLDER to browsers on this machine, and on this one only, until Ctrl-C.

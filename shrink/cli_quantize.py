@@ -235,9 +235,7 @@ def _calibrated(
     from shrink.calibrate import quantizing
 
     reduced = loaded if keep_all else pipeline.drop_state(loaded)
-    # int8 takes the same tensors, those of two dimensions or more, but for small ones.
-    recipe = recipes.from_flags("int8", include, exclude, None, {})
-    decisions = pipeline.decided(reduced, recipe, fewest=None if keep_quantized else quantizing.FEWEST_WEIGHTS)
+    decisions = quantizing.chosen_of(reduced, include, exclude, keep_quantized=keep_quantized)
     work = quantizing.Work(network, calibration, reduced, decisions, asked.seed, asked.effort, keep_quantized)
 
     def size_of(entries: Mapping[str, Entry]) -> int:

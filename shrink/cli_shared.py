@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from shrink import formats
 from shrink.errors import OutputError, UsageError
@@ -18,6 +20,7 @@ from shrink.pipeline import Difference
 __all__ = [
     "beside",
     "check_output",
+    "command_line",
     "debug_option",
     "default_output",
     "difference_cells",
@@ -112,3 +115,19 @@ def number_of(value: float | None) -> str:
 
 def shape_of(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "()"
+
+
+def command_line(context: click.Context) -> str:
+    """The command as it was given, option by option."""
+    words: list[str] = ["shrink", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params.get(name)
+        if isinstance(parameter, click.Argument):
+            words += map(str, value) if isinstance(value, tuple) else [str(value)]
+        elif isinstance(parameter, click.Option) and parameter.expose_value:
+            for each in value if isinstance(value, tuple) else [value]:
+                words += [parameter.opts[-1]] if parameter.is_flag else [parameter.opts[-1], str(each)]
+    return shlex.join(words)

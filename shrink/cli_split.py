@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from shrink import formats, site, split
+from shrink.cli_shared import debug_option, force_option, json_option
 from shrink.errors import UsageError, printable
 from shrink.files import file_size, io_errors
 from shrink.manifest import is_manifest
@@ -16,10 +17,6 @@ from shrink.split import hosts
 from shrink.terminal import bar, emit, in_words, size_on_disk
 
 __all__ = ["hosts_command", "join_command", "split_command"]
-
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-_debug = click.option("--debug", is_flag=True, hidden=True, expose_value=False)
-_force = click.option("--force", is_flag=True, help="Replace an existing output.")
 
 
 @click.command("split")
@@ -35,9 +32,9 @@ _force = click.option("--force", is_flag=True, help="Replace an existing output.
     "--input", "inputs", multiple=True, metavar="[NAME=]SHAPE", help="For --cut: the shape of an input, as in 1,110."
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
-@_force
-@_json
-@_debug
+@force_option
+@json_option
+@debug_option
 def split_command(
     model: Path | None,
     max_mb: float | None,
@@ -166,9 +163,9 @@ def _what_next(plan: split.Plan, cut: bool, dry_run: bool) -> list[str]:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Where to write.  [default: its old name, beside the index]"
 )
-@_force
-@_json
-@_debug
+@force_option
+@json_option
+@debug_option
 def join_command(index: Path, output: Path | None, force: bool, as_json: bool) -> None:
     """Put together what `shrink split` made: the very same bytes, every part checked by its SHA-256.
 
@@ -188,10 +185,10 @@ def join_command(index: Path, output: Path | None, force: bool, as_json: bool) -
 
 
 @click.command("hosts")
-@_json
+@json_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result here instead of stdout.")
-@_force
-@_debug
+@force_option
+@debug_option
 def hosts_command(as_json: bool, output: Path | None, force: bool) -> None:
     """Show what hosts accept: the largest file, the whole site, the number of files, and who says so.
 

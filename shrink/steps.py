@@ -36,7 +36,18 @@ from numpy.typing import NDArray
 from shrink import entropy
 from shrink.errors import BadInput
 
-__all__ = ["DTYPES", "EIGHTBIT_TABLE", "TABLES", "Step", "decode", "decode_bytes", "from_bfloat16", "groups", "matrix"]
+__all__ = [
+    "DTYPES",
+    "EIGHTBIT_TABLE",
+    "TABLES",
+    "Step",
+    "decode",
+    "decode_bytes",
+    "from_bfloat16",
+    "groups",
+    "half_octaves",
+    "matrix",
+]
 
 Bytes = NDArray[np.uint8]
 Array = NDArray[Any]
@@ -379,9 +390,9 @@ def matrix(view: Sequence[int], axes: Sequence[int]) -> tuple[int, int]:
     return math.prod(view[axis] for axis in axes), math.prod(others)
 
 
-def _half_octaves(exponents: Bytes) -> NDArray[np.float64]:
+def half_octaves(exponents: NDArray[np.signedinteger]) -> NDArray[np.float64]:
     """2^(k/2) of each exponent k, in float64: 1 or √2 times a power of two."""
-    k = exponents.view(np.int8).astype(np.int32)
+    k = exponents.astype(np.int32)
     powers: NDArray[np.float64] = np.ldexp(np.where(k & 1, 1.4142135623730951, 1.0), k >> 1)
     return powers
 
@@ -407,9 +418,9 @@ def _grid(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Ar
         raise params.bad(f"{data.size} bytes are there where {size} belong")
     codes = np.frombuffer(data[rows + columns :].tobytes(), f"<i{width}").reshape(rows, columns)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        row = (scale * _half_octaves(data[:rows])).astype(np.float32)
+        row = (scale * half_octaves(data[:rows].view(np.int8))).astype(np.float32)
         values = codes.astype(np.float32)
-        values *= _half_octaves(data[rows : rows + columns]).astype(np.float32)
+        values *= half_octaves(data[rows : rows + columns].view(np.int8)).astype(np.float32)
         values *= row[:, None]
     if not np.isfinite(values).all():
         raise params.bad("the scale is too large for float32")

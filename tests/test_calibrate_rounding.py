@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from shrink.calibrate.layers import Layer, layers
 from shrink.calibrate.layout import Layout, layout
-from shrink.calibrate.rounding import Rounded, damped, half_octaves, rounded, steadied, targets
-from shrink.steps import DTYPES, Step, decode
+from shrink.calibrate.rounding import Rounded, damped, rounded, steadied, targets
+from shrink.steps import DTYPES, Step, decode, half_octaves
 from tests.test_calibrated import ODD
 
 F64 = NDArray[np.float64]

@@ -159,10 +159,9 @@ def _plain(model: Model) -> Model:
 
 def _kept(model: Model) -> dict[str, str]:
     """The tensors that every mode leaves alone, and why."""
-    from shrink.calibrate.quantizing import FEWEST_WEIGHTS
+    from shrink.calibrate.quantizing import chosen_of
 
-    decisions = decided(model, _recipe("int8"), fewest=FEWEST_WEIGHTS)
-    return {name: found.reason for name, found in decisions.items() if isinstance(found, Kept)}
+    return {name: found.reason for name, found in chosen_of(model).items() if isinstance(found, Kept)}
 
 
 def _head(plan: Plan, model: Model, calibrator: Calibrator) -> Document:
@@ -235,7 +234,9 @@ def _by_mode(model: Model, mode: str, calibrator: Calibrator, size: _Sizes) -> D
 
 
 def _calibrated(model: Model, result: Result, kept: Mapping[str, str], size: _Sizes) -> Document:
-    entries = tuple(result.entries.get(entry.name, entry) for entry in model.tensors)
+    from shrink.calibrate.quantizing import merged
+
+    entries = tuple(merged(model, result.entries))
     size_bytes, stored = size.of(entries, _LEVEL)
     layers = [
         {

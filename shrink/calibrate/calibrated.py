@@ -117,6 +117,7 @@ class Calibrator:
         self._layers = [layer for layer in found if not layer.shared or len(layer.uses) > 1]
         placed = {layer.tensor for layer in self._layers}
         self._others = [e for e in network.model.tensors if e.name in wanted - placed and self._graph.has(e.name)]
+        self._places = {layer.tensor: (one_axis if keep_quantized else layout)(layer) for layer in self._layers}
         self._original = dict(self._graph.weights)
         biases = {layer.bias for layer in self._layers}
         for name, value in self._original.items():
@@ -287,7 +288,7 @@ class Calibrator:
             del second
             if is_known:
                 aim = targets(matrix, h, cross, ridge, extra)
-        place = one_axis(layer) if self._keep else layout(layer)
+        place = self._places[layer.tensor]
         made = rounded(aim, extra, h, g, base, place, *([_INT8] if self._keep else []))
         entry = self._encoded(layer.tensor, layer.shape, made, layer, place)
         entries: dict[str, Entry] = {layer.tensor: entry}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shrink import recipe as recipes
 from shrink.calibrate import search
 from shrink.calibrate.calibrated import Calibrator, Result
 from shrink.calibrate.inputs import Calibration
@@ -15,12 +16,12 @@ from shrink.calibrate.resuming import Store, identity_of
 from shrink.errors import BoundNotMet, UsageError
 from shrink.export import Network
 from shrink.model import Entry, Model
-from shrink.pipeline import Change, difference
+from shrink.pipeline import Change, decided, difference
 from shrink.progress import Progress
 from shrink.quantizers import Kept
 from shrink.recipe import Decision
 
-__all__ = ["FEWEST_WEIGHTS", "Quantizing", "Target", "Work", "changes", "merged", "quantized"]
+__all__ = ["FEWEST_WEIGHTS", "Quantizing", "Target", "Work", "changes", "chosen_of", "merged", "quantized"]
 
 FEWEST_WEIGHTS = 96
 """Smaller tensors cost more to describe than calibration saves."""
@@ -69,6 +70,19 @@ class Work:
     def named(self) -> list[str]:
         """Both, told apart: what the result depends on."""
         return [*self.chosen, *(f"!{name}" for name in self.fixed)]
+
+
+def chosen_of(
+    model: Model, include: Iterable[str] = (), exclude: Iterable[str] = (), *, keep_quantized: bool = False
+) -> dict[str, Decision]:
+    """What is quantized, or why it is not: the tensors that int8 takes, those of two dimensions or more, and small ones
+    too where they are entropy-coded.
+
+    Raises:
+        UsageError: globs that disagree or fit nothing.
+    """
+    recipe = recipes.from_flags("int8", include, exclude, None, {})
+    return decided(model, recipe, fewest=None if keep_quantized else FEWEST_WEIGHTS)
 
 
 @dataclass(frozen=True)

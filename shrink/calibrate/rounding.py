@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from shrink.calibrate.layout import Layout
 from shrink.coders.wasm import Feedback
+from shrink.steps import half_octaves
 
 __all__ = ["Rounded", "damped", "rounded", "steadied", "targets", "without_means"]
 
@@ -122,7 +123,7 @@ def rounded(
     log_columns = -np.mean([np.log2(np.maximum(f.gains, 1e-300)) for f in column_factors], axis=0)
     log_rows = -np.array([np.log2(np.maximum(f.gains, 1e-300)) for f in row_factors])
     # In half octaves, and a step is the root of what it costs: log2 of a gain is its exponent already.
-    centre_rows, centre_columns = float(np.mean(log_rows)), 0.0
+    centre_rows = float(np.mean(log_rows))
     kinds = np.unique(layout.row_of)
     row_class = np.array([np.mean(log_rows[layout.row_of == kind]) for kind in kinds])
     row_exponent = _whole(row_class - centre_rows)
@@ -218,12 +219,6 @@ def _root(moments: F64) -> NDArray[np.floating]:
                 raise
             np.fill_diagonal(moments, diagonal + more * np.abs(diagonal).max())
             more *= 10
-
-
-def half_octaves(exponents: NDArray[np.int64]) -> F64:
-    """2^(k/2), rounded once."""
-    values: F64 = np.ldexp(np.where(exponents % 2 != 0, np.sqrt(2.0), 1.0), exponents // 2)
-    return values
 
 
 def _whole(exponents: F64) -> NDArray[np.int64]:
