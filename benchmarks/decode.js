@@ -12,7 +12,8 @@ async function timeFile(url) {
   const module = await compileCodec();
   const codec = await Codec.create(module);
   const assembler = new Assembler({ crc32: (bytes) => codec.crc32(bytes), whole: false });
-  const parts = [...assembler.push({ position: 0, bytes: await bytesOf(url) })].filter(({ section }) => section);
+  const parts = [];
+  for await (const part of assembler.push(await bytesOf(url))) if (part.section) parts.push(part);
   const decoder = await openInline(module);
   let size = 0;
   const start = performance.now();

@@ -12,11 +12,25 @@ tensor; under the key `shrink` the header's `__metadata__` holds JSON:
 
 `shrink.crc32` is the CRC-32 of that text. Two more U8 tensors, which are none of the model's, hold zlib streams:
 `shrink.attributes`, JSON of what the source's format must have back, and `shrink.graph`, the ONNX graph.
+
+That is version 1. Of a small model such a header is half of the file: where it is worth it, the file is packed, which
+is version 2. There the metadata says {"version": 2} and no more, and the file holds one U8 tensor, `shrink.packed`:
+
+    4 bytes                                the length of the zlib stream, little-endian
+    a zlib stream                          of JSON, the packed header
+    the data                               as in version 1
+
+    {"source", "state",                    as in version 1
+     "tensors": [row, …]}                  in the order of their data, without gaps
+
+    [crc32, bytes, shape, name, dtype]             a plain tensor of so many bytes
+    [crc32, bytes, shape, name, dtype, steps]      an encoded one: dtype and shape are those of the decoded values
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -32,16 +46,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from shrink.coders import pack
-from shrink.errors import BadInput, IntegrityError
+from shrink.errors import BadInput, IntegrityError, printable
 from shrink.files import atomic_file, io_errors, section
 from shrink.model import DTYPES, Entry, Quantized, Role, Tensor, check_name, check_shape, dtype_code
 from shrink.steps import Step, from_bfloat16
 
 __all__ = ["Contents", "read", "write"]
 
-VERSION = 1
+VERSION, PACKED_VERSION = 1, 2
 _KEY, _CRC_KEY = "shrink", "shrink.crc32"
-_ATTRIBUTES, _GRAPH = "shrink.attributes", "shrink.graph"
+_ATTRIBUTES, _GRAPH, _PACKED = "shrink.attributes", "shrink.graph", "shrink.packed"
 _RESERVED = ("__metadata__", _ATTRIBUTES, _GRAPH)
 # The name of a format: it is shown to users.
 _SOURCE = re.compile(r"[a-z0-9-]{1,32}")
@@ -50,6 +64,11 @@ _SOURCE = re.compile(r"[a-z0-9-]{1,32}")
 _HEADER_COST = 100
 # The largest attributes or graph that is believed.
 _BLOB_AT_MOST = 1 << 28
+# The largest packed header that is written and believed, deflated or not. What JSON becomes in memory is many times its
+# size, and what is deflated need not bring the bytes.
+_PACKED_AT_MOST = 1 << 24
+# A file is packed where that takes one byte of so many away: other readers see less of it then.
+_WORTH_PACKING = 64
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,10 @@ def read(path: Path) -> Contents:
         IntegrityError: the metadata is not what was written.
     """
     header, data_start = _header(path)
-    meta = _metadata(header.pop("__metadata__", {}), path)
+    said = _said(header.pop("__metadata__", {}), path)
+    if said is not None and said.get("version") == PACKED_VERSION:
+        header, said, data_start = _unpacked(header, data_start, path)
+    meta = _metadata(said, path)
     loads = {
         name: _checked(
             section(path, data_start + start, end - start, tensor=name),
@@ -122,7 +144,9 @@ def _json(data: bytes | str, path: Path, what: str) -> dict[str, Any]:
         return out
 
     try:
-        value = json.loads(data, object_pairs_hook=no_twins)
+        # Of bytes, json would take UTF-16 as well.
+        text = data if isinstance(data, str) else data.decode()
+        value = json.loads(text, object_pairs_hook=no_twins)
     except (ValueError, RecursionError):
         raise BadInput(f"{what} is not valid JSON", file=path) from None
     if not isinstance(value, dict):
@@ -130,13 +154,19 @@ def _json(data: bytes | str, path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def _metadata(metadata: dict[str, str], path: Path) -> _Meta:
+def _said(metadata: dict[str, str], path: Path) -> dict[str, Any] | None:
+    """What shrink wrote about the file; None where shrink did not write it."""
     text = metadata.get(_KEY)
     if text is None and _CRC_KEY not in metadata:
-        return _Meta(None, frozenset(), {})
+        return None
     if text is None or metadata.get(_CRC_KEY) != _crc_text(text):
         raise IntegrityError("the metadata is damaged", file=path)
-    meta = _json(text, path, "the metadata")
+    return _json(text, path, "the metadata")
+
+
+def _metadata(meta: dict[str, Any] | None, path: Path) -> _Meta:
+    if meta is None:
+        return _Meta(None, frozenset(), {})
     if meta.get("version") != VERSION:
         raise BadInput(
             f"container version {meta.get('version')!r} is not known", file=path, hint="a newer shrink may know it"
@@ -154,12 +184,76 @@ def _metadata(metadata: dict[str, str], path: Path) -> _Meta:
     return _Meta(source, frozenset(state), tensors)
 
 
-def _inflated(data: bytes, path: Path, name: str) -> bytes:
+def _unpacked(header: dict[str, Any], start: int, path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Of a packed file: tensors and metadata as a header of version 1 has them, and where the data starts."""
+    if list(header) != [_PACKED]:
+        raise BadInput(f"a packed file holds {_PACKED} and nothing else", file=path)
+    left = header[_PACKED]["data_offsets"][1] - 4
+    with io_errors(path), open(path, "rb") as file:
+        file.seek(start)
+        length = int.from_bytes(file.read(4), "little")
+        if length > min(left, _PACKED_AT_MOST):
+            raise BadInput("the packed header is longer than the file, or than is believable", file=path)
+        deflated = file.read(length)
+    inflated = _inflated(deflated, path, _PACKED, at_most=_PACKED_AT_MOST, alone=True)
+    said = _json(inflated, path, "the packed header")
+    rows = said.get("tensors")
+    if not isinstance(rows, list):
+        raise BadInput("the packed header has no list of tensors", file=path)
+    specs: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    end = 0
+    for row in rows:
+        name, spec, tensors_said = _row(row, end, path)
+        if name in specs:
+            raise BadInput("the packed header says it twice", file=path, tensor=name)
+        specs[name], tensors[name] = spec, tensors_said
+        end = spec["data_offsets"][1]
+    if end != left - length:
+        raise BadInput(f"its tensors take {end} bytes, but {left - length} are there", file=path)
+    return specs, {**said, "version": VERSION, "tensors": tensors}, start + 4 + length
+
+
+def _row(row: Any, start: int, path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """One tensor of a packed header: name, what the header of a plain file says of it, and what the metadata."""
+    if not isinstance(row, list) or len(row) not in (5, 6):
+        raise BadInput("the packed header has a tensor that is no row of 5 or 6", file=path)
+    crc, size, shape, name, dtype, *steps = row
+    if not isinstance(name, str):
+        raise BadInput("the packed header has a tensor without a name", file=path)
+    if type(size) is not int or size < 0:
+        raise BadInput("its size is not a whole number", file=path, tensor=name)
+    said = {"crc32": crc}
+    if steps:
+        said |= {"dtype": dtype, "shape": shape, "steps": steps[0]}
+        dtype, shape = "U8", [size]
+    elif not isinstance(shape, list) or not all(type(n) is int for n in shape):
+        raise BadInput("it has no valid shape", file=path, tensor=name)
+    else:
+        check_shape(tuple(shape), file=path, tensor=name)
+        if size != math.prod(shape) * _width(dtype, path, name):
+            raise BadInput("its shape and size do not fit", file=path, tensor=name)
+    return name, {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}, said
+
+
+def _width(dtype: Any, path: Path, name: str) -> int:
+    """Bytes per value in a file."""
+    if dtype == "BF16":
+        return 2
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise BadInput(f"values of type {printable(dtype)} are not supported", file=path, tensor=name)
+    return DTYPES[dtype].itemsize
+
+
+def _inflated(data: bytes, path: Path, name: str, *, at_most: int = _BLOB_AT_MOST, alone: bool = False) -> bytes:
+    """What a zlib stream holds; with `alone`, nothing may come after it."""
     stream = zlib.decompressobj()
     try:
-        out = stream.decompress(data, _BLOB_AT_MOST)
+        out = stream.decompress(data, at_most)
     except zlib.error as error:
         raise IntegrityError(f"damaged: {error}", file=path, tensor=name) from None
+    if alone and stream.unused_data:
+        raise BadInput("there are bytes after the end of its zlib stream", file=path, tensor=name)
     if not stream.eof:
         raise BadInput("cut, or larger than is believable", file=path, tensor=name)
     return out
@@ -280,13 +374,49 @@ def write(
         if graph is not None:
             blob = bytes(deflate.zlib_compress(graph, 12))
             store(_GRAPH, "U8", [len(blob)], blob)
-        text = _compact({"version": VERSION, "source": source, "state": state, "tensors": tensors})
-        head = _compact({"__metadata__": {_KEY: text, _CRC_KEY: _crc_text(text)}, **header}).encode()
-        head += b" " * (-len(head) % 8)
-        out.write(len(head).to_bytes(8, "little") + head)
+        out.write(_head(header, {"source": source, "state": state, "tensors": tensors}, position))
         spool.seek(0)
         shutil.copyfileobj(spool, out, 1 << 20)
     return sizes
+
+
+def _head(header: dict[str, Any], said: dict[str, Any], size_bytes: int) -> bytes:
+    """Everything before the data, of which there are `size_bytes`: packed where that pays."""
+    head = _with_metadata({"version": VERSION, **said}, header)
+    head += b" " * (-len(head) % 8)
+    whole = len(head).to_bytes(8, "little") + head
+    # Without an encoded tensor, any reader can do something with every part of the file.
+    if not any("steps" in tensor for tensor in said["tensors"].values()):
+        return whole
+    packed = _packed_head(header, said, size_bytes)
+    if packed is None or _WORTH_PACKING * (len(whole) - len(packed)) < len(whole) + size_bytes:
+        return whole
+    return packed
+
+
+def _packed_head(header: dict[str, Any], said: dict[str, Any], size_bytes: int) -> bytes | None:
+    """The same in a packed file; None where it is too large for one."""
+    rows = []
+    for name, spec in header.items():
+        start, end = spec["data_offsets"]
+        # Of an encoded tensor, dtype and shape are the decoded ones.
+        tensor = {**spec, **said["tensors"][name]}
+        steps = [tensor["steps"]] if "steps" in tensor else []
+        rows.append([tensor["crc32"], end - start, tensor["shape"], name, tensor["dtype"], *steps])
+    text = _compact({**said, "tensors": rows}).encode()
+    if len(text) > _PACKED_AT_MOST:
+        return None
+    deflated = bytes(deflate.zlib_compress(text, 12))
+    size = 4 + len(deflated) + size_bytes
+    outer = _with_metadata(
+        {"version": PACKED_VERSION}, {_PACKED: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    )
+    return len(outer).to_bytes(8, "little") + outer + len(deflated).to_bytes(4, "little") + deflated
+
+
+def _with_metadata(said: dict[str, Any], header: dict[str, Any]) -> bytes:
+    text = _compact(said)
+    return _compact({"__metadata__": {_KEY: text, _CRC_KEY: _crc_text(text)}, **header}).encode()
 
 
 def _compact(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from safetensors.numpy import save
 from shrink.model import DTYPES, Entry, Quantized, Tensor
 from shrink.quantizers import modes
 from shrink.steps import Step
+from tests import containers
 from tests.faulty_server import Answer, Site, cut, gzipped, hanging, later, ranged, status, whole
 from tests.web import WEB, Loader, Result, container, in_python, loader_in_chromium
 
@@ -132,9 +132,14 @@ def test_errors_say_where(loader: Loader, file: bytes) -> None:
 
 
 def in_file(data: bytes, tensor: str) -> int:
-    length = int.from_bytes(data[:8], "little")
-    start: int = json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0]
-    return 8 + length + start
+    if not containers.is_packed(data):
+        header, body = containers.parts(data)
+        start: int = header[tensor]["data_offsets"][0]
+        return len(data) - len(body) + start
+    said, body = containers.packed_parts(data)
+    names = [row[3] for row in said["tensors"]]
+    before: int = sum(row[1] for row in said["tensors"][: names.index(tensor)])
+    return len(data) - len(body) + before
 
 
 # --- several answers -------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from shrink.model import Tensor
+from tests.containers import plain
 from tests.faulty_server import Answer, Gauge, cut, gzipped, hanging, later, ranged, shared, status, watched, whole
 from tests.test_loader import assert_holds, flipped, make, sri, wait_for_no_workers
 from tests.web import Loader, container, in_python, loader_in_chromium
@@ -39,13 +40,13 @@ def loader() -> Iterator[Loader]:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return make(tmp_path_factory.mktemp("file"), 1, "int8", 50)
+    return plain(make(tmp_path_factory.mktemp("file"), 1, "int8", 50))
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The same network, trained further: every tensor has the same size and other values."""
-    return make(tmp_path_factory.mktemp("other"), 2, "int8", 50)
+    """The same network, trained further: the file has the same size and other values."""
+    return plain(make(tmp_path_factory.mktemp("other"), 2, "int8", 50))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ FAULTS: dict[str, tuple[Callable[[Split, Split], Answer], str]] = {
     "first bit": (lambda old, new: whole(flipped(old.files[SECOND], 0)), "corrupt"),
     "some bit": (lambda old, new: whole(flipped(old.files[SECOND], 2000)), "corrupt"),
     "last bit": (lambda old, new: whole(flipped(old.files[SECOND], len(old.files[SECOND]) - 1)), "corrupt"),
-    "another shard": (lambda old, new: whole(old.files[old.names[0]]), "truncated"),
+    "another, shorter shard": (lambda old, new: whole(old.files[old.names[0]][:-9]), "truncated"),
     "another deployment's": (lambda old, new: whole(new.files[SECOND]), "corrupt"),
     "breaks": (lambda old, new: cut(old.files[SECOND], 1000), "network"),
     "breaks at once": (lambda old, new: cut(old.files[SECOND], 0), "network"),
@@ -440,7 +441,7 @@ def test_after_a_redeploy_what_is_stale_goes(loader: Loader, file: bytes, three:
     loader.load(neighbour.url, cache=True)
     before = set(deployed.cached())
     # The last tensor's payload stands in the last shard, its checksum in the first one.
-    changed = make(tmp_path, 1, "int8", 50, last=7)
+    changed = plain(make(tmp_path, 1, "int8", 50, last=7))
     assert len(changed) == len(file)
     new = split(changed, decoded_bytes(tmp_path, changed))
     assert new.files[SECOND] == three.files[SECOND]

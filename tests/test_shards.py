@@ -558,7 +558,7 @@ def test_malformed_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match="not a folder"):
         plan(source, limit=10_000, output=tmp_path / "file")
-    damaged = source.read_bytes().replace(b'\\"version\\":1', b'\\"version\\":2')
+    damaged = source.read_bytes().replace(b'\\"version\\":2', b'\\"version\\":1')
     source.write_bytes(damaged)
     with pytest.raises(IntegrityError, match="damaged"):
         plan(source, limit=10_000)

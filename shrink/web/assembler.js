@@ -1,5 +1,5 @@
 import { LoadError } from "./errors.js";
-import { headerLength, parseHeader } from "./header.js";
+import { readHeader } from "./header.js";
 
 // A section of unproven size gets memory as its bytes come.
 const FIRST_BYTES = 1 << 20;
@@ -8,11 +8,12 @@ const FIRST_BYTES = 1 << 20;
 export class Assembler {
   /** `whole`: keep all bytes for a hash; then `file` has them. */
   constructor({ crc32, whole }) {
-    this.crc32 = crc32;
-    this.whole = whole;
-    this.current = new Growing(8);
-    /** The parsed header, and where its bytes end, once they are here. */
+    this.file = whole ? new Growing(Infinity) : null;
+    this.reading = readHeader(crc32);
+    this.current = new Growing(0);
+    /** The parsed header, once it is here, and where its bytes end. */
     this.header = null;
+    this.start = 0;
     this.next = 0;
     /** Decoded bytes that the stored bytes so far stand for. */
     this.loaded = 0;
@@ -27,24 +28,24 @@ export class Assembler {
     return this.current === null;
   }
 
-  /** Take bytes of the file; gives { header } once and then { section, bytes } for each that is complete. */
-  *push(piece) {
-    if (this.file) this.#copy(piece);
-    let rest = piece.bytes;
-    for (;;) {
-      rest = this.current ? this.current.take(rest) : rest;
-      if (!this.current) break;
+  /** Take bytes of the file; gives { header, text } once and then { section, bytes } for each that is complete. */
+  async *push(rest) {
+    this.file?.take(rest);
+    while (this.current) {
+      rest = this.current.take(rest);
       if (!this.current.full) return;
       const { bytes } = this.current;
-      if (this.start === undefined) {
-        this.start = 8 + headerLength(bytes);
-        this.prefix = bytes;
-        this.current = new Growing(this.start - 8);
-      } else if (!this.header) {
-        this.header = parseHeader(bytes, this.crc32);
-        if (this.whole) this.#beginCopy(bytes, piece, rest);
+      if (!this.header) {
+        this.start += bytes.length;
+        const { done, value } = await this.reading.next(bytes);
+        if (!done) {
+          this.current = new Growing(value);
+          continue;
+        }
+        this.header = value.header;
+        this.file?.grow(this.size);
         this.#advance();
-        yield { header: this.header, bytes };
+        yield value;
       } else {
         const section = this.header.sections[this.next++];
         this.loaded += section.decodedBytes ?? 0;
@@ -67,19 +68,6 @@ export class Assembler {
     const section = this.header.sections[this.next];
     this.current = section ? new Growing(section.size) : null;
   }
-
-  #beginCopy(header, { position, bytes }, rest) {
-    this.file = allocate(this.size);
-    this.file.set(this.prefix);
-    this.file.set(header, 8);
-    const used = bytes.length - rest.length;
-    this.#copy({ position: position + used, bytes: rest });
-  }
-
-  #copy({ position, bytes }) {
-    const room = this.file.length - position;
-    if (room > 0) this.file.set(bytes.subarray(0, room), position);
-  }
 }
 
 /** Bytes of a promised size, in memory that grows with what has really come. */
@@ -98,15 +86,18 @@ class Growing {
   take(bytes) {
     const part = bytes.subarray(0, this.size - this.filled);
     const needed = this.filled + part.length;
-    if (needed > this.bytes.length) {
-      const larger = allocate(Math.min(this.size, Math.max(needed, 2 * this.bytes.length)));
-      larger.set(this.bytes);
-      release(this.bytes);
-      this.bytes = larger;
-    }
+    if (needed > this.bytes.length) this.grow(Math.min(this.size, Math.max(needed, 2 * this.bytes.length)));
     this.bytes.set(part, this.filled);
     this.filled = needed;
     return bytes.subarray(part.length);
+  }
+
+  grow(size) {
+    if (size <= this.bytes.length) return;
+    const larger = allocate(size);
+    larger.set(this.bytes);
+    release(this.bytes);
+    this.bytes = larger;
   }
 }
 

@@ -1,13 +1,4 @@
-/**
- * What `load` throws. `code` is one of
- *
- *     http         the server answered with an error, or with a web page
- *     network      the server could not be reached, or the connection broke again and again
- *     truncated    the file ends too early
- *     corrupt      the bytes are not the ones that were written, or make no sense
- *     unsupported  a newer file format, or more than this browser can hold
- *     aborted      the caller's signal fired; `cause` is its reason
- */
+/** What `load` throws. GUIDE.md says what each `code` means: http, network, truncated, corrupt, unsupported, aborted. */
 export class LoadError extends Error {
   constructor(code, message, { tensor, status, cause } = {}) {
     super(tensor === undefined ? message : `tensor ${JSON.stringify(tensor.slice(0, 120))}: ${message}`, { cause });

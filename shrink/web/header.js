@@ -4,13 +4,17 @@
  */
 import { ARRAYS, bytesOf, countOf } from "./dtypes.js";
 import { LoadError } from "./errors.js";
+import { inflate } from "./inflate.js";
 
 const ATTRIBUTES = "shrink.attributes";
 const GRAPH = "shrink.graph";
+const PACKED = "shrink.packed";
 const VERSION = 1;
+const PACKED_VERSION = 2;
 
 // The limits of the safetensors library and of shrink's own reader.
 export const HEADER_AT_MOST = 100_000_000;
+const PACKED_AT_MOST = 2 ** 24;
 const NAME_AT_MOST = 1024;
 const DIMENSIONS_AT_MOST = 32;
 const STEPS_AT_MOST = 16;
@@ -24,23 +28,52 @@ const SOURCE = /^[a-z0-9-]{1,32}$/;
 // Names that could harm whoever prints them or makes a path of them.
 const FORBIDDEN = /[\x00-\x1f\x7f-\x9f\u2028\u2029]|\p{Surrogate}|^[/\\]|(^|[/\\])\.\.([/\\]|$)/u;
 
-/** The length of the header, from the first eight bytes of the file. */
-export function headerLength(bytes) {
-  const length = new DataView(bytes.buffer, bytes.byteOffset, 8).getBigUint64(0, true);
-  if (length < 2n || length > HEADER_AT_MOST) throw corrupt("this is not a safetensors file");
-  return Number(length);
-}
-
 /**
- * What the file holds: its sections in file order, each with name, size (stored bytes), crc32 (or undefined) and
+ * The header of a file: yields how many bytes it must have next, and returns what the file holds and the text that says
+ * it. What the file holds: its sections in file order, each with name, size (stored bytes), crc32 (or undefined) and
  * either `blob` or dtype, shape, steps and decodedBytes. `described`: whether shrink wrote the file.
  */
-export function parseHeader(bytes, crc32) {
-  const header = parseJson(bytes, "the header");
-  const metadata = header.__metadata__ ?? {};
-  const meta = parseMetadata(metadata, crc32);
-  const entries = Object.entries(header).filter(([name]) => name !== "__metadata__");
-  const sections = entries.map(([name, spec]) => parseSection(name, spec, meta));
+export async function* readHeader(crc32) {
+  const length = new DataView((yield 8).buffer).getBigUint64(0, true);
+  if (length < 2n || length > HEADER_AT_MOST) throw corrupt("this is not a safetensors file");
+  const text = yield Number(length);
+  const header = parseHeader(text, crc32);
+  if (!header.packed) return { header, text };
+  const left = header.size - 4;
+  const size = new DataView((yield 4).buffer).getUint32(0, true);
+  if (size > left || size > PACKED_AT_MOST) throw corrupt("the packed header is longer than is believable");
+  const inner = await inflate(yield size, PACKED_AT_MOST);
+  if (!inner) throw corrupt("the packed header is damaged, or longer than is believable");
+  return { header: parsePacked(inner, left - size), text: inner };
+}
+
+function parseHeader(bytes, crc32) {
+  const { __metadata__: metadata, ...specs } = parseJson(bytes, "the header");
+  const meta = parseMetadata(metadata ?? {}, crc32);
+  const header = arrange(Object.entries(specs), meta);
+  if (meta.packed && Object.keys(specs).join() !== PACKED) throw corrupt(`a packed file holds ${PACKED} alone`);
+  return header;
+}
+
+/** Tensors in the order of their data, which takes `room` bytes. */
+function parsePacked(bytes, room) {
+  const { source, state, tensors } = parseJson(bytes, "the packed header");
+  const meta = checkMetadata({ source, state, tensors: {} });
+  if (!Array.isArray(tensors) || !tensors.every(Array.isArray)) throw corrupt("the packed header lists no tensors");
+  let end = 0;
+  const specs = tensors.map(([crc32, size, shape, name, dtype, steps, ...more]) => {
+    const valid = typeof name === "string" && isCount(size) && !more.length && !meta.tensors.has(name);
+    if (!valid) throw corrupt("the packed header has a tensor that is no valid row, or twice");
+    meta.tensors.set(name, { crc32, dtype, shape, steps });
+    const stored = steps === undefined ? { dtype, shape } : { dtype: "U8", shape: [size] };
+    return [name, { ...stored, data_offsets: [end, (end += size)] }];
+  });
+  if (end !== room) throw corrupt(`its tensors take ${end} bytes, but ${room} are there`);
+  return arrange(specs, meta);
+}
+
+function arrange(specs, meta) {
+  const sections = specs.map(([name, spec]) => parseSection(name, spec, meta));
   sections.sort((a, b) => a.start - b.start || a.size - b.size || (a.name < b.name ? -1 : 1));
   let end = 0;
   for (const { name, start, size } of sections) {
@@ -51,21 +84,26 @@ export function parseHeader(bytes, crc32) {
   for (const name of [...meta.tensors.keys(), ...meta.state]) {
     if (!names.has(name)) throw corrupt("the metadata describes it, but the file does not hold it", name);
   }
-  return { sections, size: end, described: meta.described };
+  return { sections, size: end, described: meta.described, packed: meta.packed };
 }
+
+const NOTHING = { described: false, tensors: new Map(), state: [] };
 
 function parseMetadata(metadata, crc32) {
   if (!isObject(metadata)) throw corrupt("the metadata is not an object");
   const said = metadata.shrink;
   // One of the two without the other is a damaged key.
-  if (said === undefined && metadata["shrink.crc32"] === undefined) {
-    return { described: false, tensors: new Map(), state: [] };
-  }
+  if (said === undefined && metadata["shrink.crc32"] === undefined) return NOTHING;
   if (typeof said !== "string" || metadata["shrink.crc32"] !== hex(crc32(new TextEncoder().encode(said)))) {
     throw corrupt("the metadata is damaged");
   }
-  const { version, source, state, tensors } = json(said, "the metadata");
-  if (version !== VERSION) throw new LoadError("unsupported", `container version ${version} is not known`);
+  const meta = json(said, "the metadata");
+  if (meta.version === PACKED_VERSION) return { ...NOTHING, packed: true };
+  if (meta.version === VERSION) return checkMetadata(meta);
+  throw new LoadError("unsupported", `container version ${meta.version} is not known`);
+}
+
+function checkMetadata({ source, state, tensors }) {
   const valid =
     typeof source === "string" &&
     SOURCE.test(source) &&

@@ -1,11 +1,5 @@
 /**
  * Loads the weights of a .safetensors file that shrink wrote, or of a plain one; or of the parts that an index lists.
- *
- *     import { load } from "./loader.js";
- *     const weights = await load("gen.eightbit.safetensors", { onProgress, signal, cache: true });
- *     weights.get("l1/W");          // Float32Array
- *     weights.shapes.get("l1/W");   // [128, 100]
- *
  * GUIDE.md explains it, loader.d.ts lists all options.
  */
 import { Assembler } from "./assembler.js";
@@ -16,26 +10,22 @@ import { bytesOf } from "./dtypes.js";
 import { Download } from "./download.js";
 import { LoadError, throwIfAborted, tooMuch, unlessAborted } from "./errors.js";
 import { parseAttributes } from "./header.js";
-import { PartsDownload, beside, checkParts, fetchIndex, fetchParts, joinParts, readIndex, sizeOf } from "./parts.js";
+import { MAX_BYTES, PartsDownload, beside, checkParts, fetchIndex, fetchParts } from "./parts.js";
+import { joinParts, readIndex, sizeOf } from "./parts.js";
 
 export { LoadError, fetchParts, joinParts };
 
-const MAX_BYTES = 2 ** 32;
 // Stored bytes that may wait for the decoder before more are taken from the network.
 const WAITING_AT_MOST = 2 ** 25;
 const INTEGRITY = /^sha(256|384|512)-[A-Za-z0-9+/]+={0,2}$/;
 // After these the index may be older than what it lists.
 const OUTDATED = ["corrupt", "truncated", "http"];
 
-/** Typed arrays by name, in file order. */
+/** Typed arrays by name, in file order; loader.d.ts says what else. */
 export class Weights extends Map {
-  /** Name → dimensions, outermost first. */
   shapes = new Map();
-  /** Name → dtype of the typed array, in safetensors spelling. */
   dtypes = new Map();
-  /** What the model's own format must have back, text by text. */
   attributes = {};
-  /** The ONNX graph, a serialized ModelProto without data, or null. */
   graph = null;
 }
 
@@ -259,7 +249,7 @@ class Attempt {
     // What comes before the hash is known waits for the copy in the cache to begin.
     if (store && !assembler.header) this.before.push(piece.bytes);
     else this.copy?.push(piece.bytes);
-    for (const { header, section, bytes } of assembler.push(piece)) {
+    for await (const { header, text, section, bytes } of assembler.push(piece.bytes)) {
       if (header) {
         this.total = header.sections.reduce((sum, { decodedBytes = 0 }) => sum + decodedBytes, 0);
         if (this.total > job.maxBytes) throw tooMuch(this.total, job.maxBytes);
@@ -268,7 +258,7 @@ class Attempt {
         if (sum !== (job.decodedBytes ?? sum)) {
           throw new LoadError("corrupt", `the weights have ${sum} bytes, not the ${job.decodedBytes} stated`);
         }
-        const hash = store && (job.integrity ?? (await contentHash(header, bytes)));
+        const hash = store && (job.integrity ?? (await contentHash(header, text)));
         if (hash && (await store.find(hash))) return hash;
         if (hash) this.copy = store.keep(hash);
         for (const early of this.before.splice(0)) this.copy?.push(early);
@@ -308,7 +298,7 @@ class Attempt {
     const total = job.stated ?? this.total;
     const weights = new Weights();
     const decoded = await unlessAborted(Promise.all(this.decoding), job.signal);
-    await checkIntegrity(assembler.file, job.integrity);
+    await checkIntegrity(assembler.file?.bytes.subarray(0, assembler.size), job.integrity);
     for (const [{ name, blob, dtype, shape }, values] of decoded) {
       if (!blob) {
         weights.set(name, values);

@@ -13,7 +13,7 @@ const VERSION = 1;
 const INDEX_AT_MOST = 2 ** 26;
 // An index over the limit is cut itself; so is the index of its parts, and so on.
 const ROUNDS_AT_MOST = 8;
-const MAX_BYTES = 2 ** 32;
+export const MAX_BYTES = 2 ** 32;
 const SHA256 = /^sha256-[A-Za-z0-9+/]{43}=$/;
 // What is no plain file name, or could harm whoever prints it.
 const FORBIDDEN = /[\x00-\x1f\x7f-\x9f\u2028\u2029/\\]|\p{Surrogate}|^\.*$|^.{256}/u;
@@ -53,11 +53,7 @@ export function sizeOf(parts) {
   return parts.reduce((sum, { bytes, skip = 0 }) => sum + bytes - skip, 0);
 }
 
-/**
- * The bytes of a file in parts, part by part and in order, each checked before anyone sees it. `base` is the address of
- * the file, beside which its parts lie; the cache knows them by it. `onProgress(bytes)` hears what has come of all
- * parts. Throws LoadError; nothing stays behind then but whole parts in the cache.
- */
+/** The bytes of a file in parts, each checked before anyone sees it; loader.d.ts lists the options. */
 export async function* fetchParts(list, options) {
   for await (const { bytes } of new PartsDownload(list, options).pieces()) yield bytes.slice();
 }
