@@ -27,7 +27,7 @@ from shrink import container
 from shrink.coders import rans
 from shrink.model import Model, Quantized, Source, Tensor
 from shrink.pipeline import drop_state
-from shrink.steps import Step
+from shrink.steps import TRELLIS, Step
 from tests.browser import chromium, serve
 
 if TYPE_CHECKING:
@@ -38,10 +38,12 @@ WEB = HERE.parent / "shrink" / "web"
 MODES = ("float16", "eightbit", "int8", "int4", "prune", "prune,eightbit", "prune,int8")
 GZIP = "raw float32 as gzip"
 _PACKING: dict[str, int | None] = {"packed": 3, "not packed": None}
-# Codes of about two bits, rounded here; how they come from a bound has no say in how fast they decode.
+# Codes of about two bits, rounded here; how they come from a bound has no say in how fast they decode. Contexts are
+# taken where they make a tensor smaller, which those of normally distributed weights do not.
 GRIDS = {"grid, not packed": None, "grid, static tables": 0, "grid, contexts": 1}
+TRELLISES = {"trellis, static tables": 0, "trellis, contexts": 1}
 _GRID_STEP = 0.7
-_LABELS = (*(f"{mode}, {how}" for mode in MODES for how in _PACKING), *GRIDS)
+_LABELS = (*(f"{mode}, {how}" for mode in MODES for how in _PACKING), *GRIDS, *TRELLISES)
 _BYTES_AT_MOST = 45_000_000
 PAGE = '<!DOCTYPE html><title>decode</title><script type="module" src="decode.js"></script>'
 
@@ -102,28 +104,47 @@ def _files(model: Model, folder: Path) -> dict[str, Path]:
             label = f"{mode}, {how}"
             files[label] = folder / f"{len(files)}.safetensors"
             shrink.save(small, files[label], level=level)
-    for label, effort in GRIDS.items():
+    for label, effort in {**GRIDS, **TRELLISES}.items():
         files[label] = folder / f"{len(files)}.safetensors"
-        entries = [_gridded(tensor.name, tensor.array, effort) for tensor in model.tensors]
+        entries = [
+            _gridded(tensor, effort, trellis=label in TRELLISES)
+            for tensor in model.tensors
+            if isinstance(tensor, Tensor)
+        ]
         container.write(entries, files[label], source="benchmark", attributes={}, graph=None, level=None)
     return files
 
 
-def _gridded(name: str, array: np.ndarray[Any, Any], effort: int | None) -> Quantized:
+def _gridded(tensor: Tensor, effort: int | None, *, trellis: bool) -> Quantized:
     """The first axis as rows, each with a step in proportion to what its values spread."""
+    array = tensor.array
     values = array.reshape(len(array) if array.shape else 1, -1).astype(np.float64)
     steps = _GRID_STEP * values.std(axis=1) + 1e-9
     scale = float(steps.mean())
     exponents = np.clip(np.round(2 * np.log2(steps / scale)), -127, 127)
-    codes = np.round(values / (scale * 2 ** (exponents / 2))[:, None])
-    codes = np.clip(codes, -127, 127).astype(np.int16)
+    in_steps = values / (scale * 2 ** (exponents / 2))[:, None]
+    codes = np.clip(_walked(in_steps) if trellis else np.round(in_steps), -127, 127).astype(np.int16)
     head = exponents.astype(np.int8).tobytes() + bytes(values.shape[1])
     rows = [0] if array.shape else []
-    grid = Step("grid.1", {"scale": scale, "view": None, "rows": rows, "width": 1})
-    if effort is None:
-        return Quantized.of(name, array.dtype, array.shape, (grid,), head + codes.astype(np.int8).tobytes())
-    payload, params = rans.encode(head, codes, effort=effort)
-    return Quantized.of(name, array.dtype, array.shape, (Step("rans.1", {**params, "width": 1}), grid), payload)
+    grid = {"scale": scale / 2 if trellis else scale, "view": None, "rows": rows, "width": 2 if trellis else 1}
+    payload = head + codes.astype(np.int8).tobytes()
+    chain: tuple[Step, ...] = (Step("grid.1", grid),)
+    if effort is not None:
+        payload, params = rans.encode(head, codes, effort=effort)
+        params["width"] = 1
+        chain = (*(Step(name, params) for name in ("rans.1", "trellis.1")[: 1 + trellis]), *chain)
+    return Quantized.of(tensor.name, array.dtype, array.shape, chain, payload)
+
+
+def _walked(in_steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Codes of a trellis of half a step: each the nearest that its state has, without regard to what comes after."""
+    codes = np.zeros(in_steps.shape)
+    state = np.zeros(len(codes), np.uint8)
+    for column, value in enumerate(2 * in_steps.T):
+        odd = np.where(abs(value) < 0.5, 0, np.copysign(np.round((abs(value) + 1) / 2), value))
+        codes[:, column] = np.clip(np.where(state & 1, odd, np.round(value / 2)), -127, 127)
+        state = TRELLIS[state, codes[:, column].astype(np.int8) & 1]
+    return codes
 
 
 def _rounds(page: Page, files: dict[str, Path], rounds: int) -> dict[str, list[float]]:

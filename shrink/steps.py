@@ -11,6 +11,9 @@ bit for bit. A chain is zero or more byte steps (bytes -> bytes) and then one va
     rans.1      {"rows", "columns", "head", "width"}
                                                 head bytes and rows · columns codes of width bytes, entropy-coded:
                                                 shrink/entropy.py has the format
+    trellis.1   {"rows", "columns", "head", "width"}
+                                                head bytes as they are; rows · columns codes of width bytes become
+                                                numbers of 2 bytes, as a machine's state has it: `trellised`
     cast.1      {"from": dtype}                 little-endian values of that dtype, cast to the tensor's
     codebook.1  {"table", "scale"}              one byte per value: table[code] · scale, rounded once to float32
     affine.1    {"bits", "axis", "block", "scale", "zero"}
@@ -23,6 +26,7 @@ Every number in a chain may come from a hostile file: nothing is allocated befor
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +44,7 @@ __all__ = [
     "DTYPES",
     "EIGHTBIT_TABLE",
     "TABLES",
+    "TRELLIS",
     "Step",
     "decode",
     "decode_bytes",
@@ -47,6 +52,7 @@ __all__ = [
     "groups",
     "half_octaves",
     "matrix",
+    "trellised",
 ]
 
 Bytes = NDArray[np.uint8]
@@ -114,6 +120,11 @@ _EIGHTBIT_MAGNITUDES = (
 EIGHTBIT_TABLE: NDArray[np.float64] = np.array([*_EIGHTBIT_MAGNITUDES, *(-m for m in _EIGHTBIT_MAGNITUDES)])
 EIGHTBIT_TABLE.flags.writeable = False
 TABLES: dict[str, NDArray[np.float64]] = {"eightbit": EIGHTBIT_TABLE}
+
+# The machine of trellis.1, that of dependent quantization with eight states (ITU-T H.266, ISO/IEC 15938-17): the state
+# after a code, by the state before it and the code's lowest bit.
+TRELLIS: NDArray[np.uint8] = np.array([0, 2, 5, 7, 1, 3, 6, 4, 2, 0, 4, 6, 3, 1, 7, 5], np.uint8).reshape(8, 2)
+TRELLIS.flags.writeable = False
 
 
 def decode(payload: bytes, steps: Sequence[Step], shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> Array:
@@ -298,6 +309,48 @@ def _rans(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
         raise params.bad(str(damage)) from None
 
 
+def trellised(codes: NDArray[np.signedinteger]) -> NDArray[np.int32]:
+    """What codes (rows, columns) of trellis.1 stand for, as many whole numbers.
+
+    Each row starts in state 0. In an even state a code k stands for 2k, in an odd one for 2k − sgn(k), so even states
+    have the even numbers and odd ones the odd numbers and 0; `TRELLIS` has the state after it.
+    """
+    after, odd = _trellis_eights()
+    eights = np.packbits((codes & 1).astype(bool), axis=1, bitorder="little")
+    states = np.zeros_like(eights)
+    # Without rows, a hostile number of columns takes no time either.
+    for column in range(1, eights.shape[1] if len(codes) else 0):
+        states[:, column] = after[states[:, column - 1], eights[:, column - 1]]
+    values: NDArray[np.int32] = 2 * codes.astype(np.int32)
+    values -= np.sign(codes) * np.unpackbits(odd[states, eights], axis=1, count=codes.shape[1], bitorder="little")
+    return values
+
+
+@functools.cache
+def _trellis_eights() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """By a state and the lowest bits of the next eight codes: the state after them, in which of them it is odd."""
+    state, bits = np.indices((8, 256), np.uint8)
+    odd = np.zeros((8, 256), np.uint8)
+    for number in range(8):
+        odd |= (state & 1) << number
+        state = TRELLIS[state, bits >> number & 1]
+    return state, odd
+
+
+def _trellis(data: Bytes, params: _Params, most: int, name: str) -> Bytes:
+    rows, columns, head = (params.integer(key, 0, most) for key in ("rows", "columns", "head"))
+    width = params.integer("width", 1, 2)
+    params.done()
+    if head + 2 * rows * columns > most:
+        raise params.bad("it gives more bytes than the tensor holds")
+    if data.size != head + rows * columns * width:
+        raise params.bad(f"{data.size} bytes are there where {head + rows * columns * width} belong")
+    codes = np.frombuffer(data[head:].tobytes(), f"<i{width}").reshape(rows, columns)
+    if ((codes < -16384) | (codes > 16383)).any():
+        raise params.bad("a code is too large")
+    return np.concatenate([data[:head], trellised(codes).astype("<i2").reshape(-1).view(np.uint8)])
+
+
 def _cast(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Array:
     dtype = DTYPES[params.choice("from", tuple(DTYPES))]
     params.done()
@@ -436,6 +489,7 @@ _BYTE_STEPS: dict[str, Callable[[Bytes, _Params, int, str], Bytes]] = {
     "planes.1": _planes,
     "sparse.1": _sparse,
     "rans.1": _rans,
+    "trellis.1": _trellis,
 }
 _VALUE_STEPS: dict[str, Callable[[Bytes, _Params, tuple[int, ...], str], Array]] = {
     "cast.1": _cast,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import wasmtime
@@ -60,6 +61,22 @@ def samples() -> Iterator[tuple[bytes, Layout]]:
             codes = laplace(number, rows, columns, spread, varied)
             head = exponents(number, rows + columns)
             yield written(head, codes, bits, flat, contexts), layout_of(head, codes)
+    # Several chunks, the last one shorter or not, as two of them are decoded at a time.
+    for number, (lines, contexts, spread) in enumerate([(48, False, 1.0), (48, True, 30.0), (43, True, 1.0)]):
+        codes, head = laplace(number, lines, 20, spread, 0.8), exponents(number, lines + 20)
+        with chunks_of(320):
+            yield written(head, codes, 3, False, contexts), layout_of(head, codes)
+
+
+@contextmanager
+def chunks_of(codes: int) -> Iterator[None]:
+    """Within, payloads are written with chunks of about so many codes, else of many more than a test should have."""
+    before = rans._CHUNK_CODES
+    rans._CHUNK_CODES = codes
+    try:
+        yield
+    finally:
+        rans._CHUNK_CODES = before
 
 
 class Guarded:
@@ -73,6 +90,7 @@ class Guarded:
         self.store.set_fuel(FUEL)
         module = wasmtime.Module(engine, WASM.read_bytes())
         self.imports = len(module.imports)
+        self.pairs = 0
         exports = wasmtime.Instance(self.store, module, []).exports(self.store)
         self.functions = {n: f for n, f in exports.items() if isinstance(f, wasmtime.Func)}
         memory = exports["memory"]
@@ -86,19 +104,27 @@ class Guarded:
         return result
 
     def decode(self, payload: bytes, layout: Layout) -> bytes | str:
-        """The bytes, or in words what is damaged; fails when it writes where it may not."""
+        """The bytes, or in words what is damaged; fails when it writes where it may not.
+
+        Chunks are decoded in pairs where they can be, as in the browser, and also one by one, as in Python.
+        """
+        one_by_one = self._guarded(payload, layout, pairs=False)
+        assert self._guarded(payload, layout, pairs=True) == one_by_one, "pairs of chunks are decoded differently"
+        return one_by_one
+
+    def _guarded(self, payload: bytes, layout: Layout, *, pairs: bool) -> bytes | str:
         source = self.free + MARGIN
         target = -(-(source + len(payload) + MARGIN) // 16) * 16
         space = -(-(target + layout.size + MARGIN) // 16) * 16
         # As much as the stride can come to.
-        room = 3 * (layout.rows * layout.columns + 16)
+        room = 6 * (layout.rows * layout.columns + 16)
         end = space + room + MARGIN
         missing = end + PAGE - self.memory.data_len(self.store)
         if missing > 0:
             self.memory.grow(self.store, -(-missing // PAGE))
         self.memory.write(self.store, bytes([MARK]) * (end - self.free), self.free)
         self.memory.write(self.store, payload, source)
-        said = self._decoded(source, target, space, len(payload), layout)
+        said = self._decoded(source, target, space, len(payload), layout, pairs)
         after = bytes(self.memory.read(self.store, self.free, end))
         marks = bytes([MARK]) * MARGIN
         out = after[target - self.free : target - self.free + layout.size]
@@ -109,13 +135,36 @@ class Guarded:
         assert after[-MARGIN:] == marks, "it wrote past its workspace"
         return said or out
 
-    def _decoded(self, source: int, target: int, space: int, length: int, layout: Layout) -> str:
+    def trellis(self, codes: bytes, width: int, rows: int, columns: int) -> bytes | str:
+        """The values, or what is damaged; the codes end where the memory does, so that reading past them traps."""
+        size = 2 * rows * columns
+        end = self.memory.data_len(self.store)
+        if end - self.free < size + len(codes) + 3 * MARGIN:
+            self.memory.grow(self.store, -(-(size + len(codes) + 3 * MARGIN) // PAGE))
+            end = self.memory.data_len(self.store)
+        # Behind a head, nothing is aligned.
+        source, target = end - len(codes), self.free + MARGIN + 1
+        self.memory.write(self.store, bytes([MARK]) * (source - self.free) + codes, self.free)
+        fit = self.call("trellis", target, source, width, rows, columns)
+        after = bytes(self.memory.read(self.store, self.free, end))
+        at = target - self.free
+        assert set(after[:at] + after[at + size : source - self.free]) == {MARK}, "it wrote beside its target"
+        assert after[source - self.free :] == codes
+        return after[at : at + size] if fit else "a code is too large"
+
+    def _decoded(self, source: int, target: int, space: int, length: int, layout: Layout, pairs: bool) -> str:
         chunks = self.call("begin", target, source, length, layout.rows, layout.columns, layout.head, layout.width)
         if chunks < 0:
             return "the header is damaged"
-        assert self.call("workspace") <= 3 * (layout.rows * layout.columns + 16)
-        for number in range(chunks):
-            if not self.call("chunk", number, space):
+        assert self.call("workspace") <= 6 * (layout.rows * layout.columns + 16)
+        number = 0
+        while number < chunks:
+            if pairs and self.call("pair", number, space):
+                self.pairs += 1
+                number += 2
+            elif self.call("chunk", number, space):
+                number += 1
+            else:
                 return f"chunk {number} is damaged"
         return ""
 

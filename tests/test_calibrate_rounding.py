@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shrink.calibrate.layers import Layer, layers
 from shrink.calibrate.layout import Layout, layout
-from shrink.calibrate.rounding import Rounded, damped, rounded, steadied, targets
+from shrink.calibrate.rounding import NEAREST, PRICED, Coding, Rounded, damped, rounded, steadied, targets
 from shrink.steps import DTYPES, Step, decode, half_octaves
 from tests.test_calibrated import ODD
 
@@ -194,19 +194,22 @@ def test_what_is_known_may_be_little(kind: str) -> None:
     st.floats(-60, 60),
     st.floats(-60, 60),
     st.floats(-40, 40),
+    st.sampled_from([NEAREST, PRICED]),
 )
-@settings(max_examples=200)
-def test_any_magnitude(seed: int, low: float, high: float, inputs: float, outputs: float, base: float) -> None:
+@settings(max_examples=300)
+def test_any_magnitude(
+    seed: int, low: float, high: float, inputs: float, outputs: float, base: float, coding: Coding
+) -> None:
     """Weights, inputs, gradients and steps of any size: steps are above 0, values finite, codes in range."""
     rng = np.random.default_rng(seed)
     w = (rng.standard_normal((1, 5, 4)) / 4 * 10.0 ** np.linspace(low, high, 5)[:, None]).astype("f4").astype(float)
     h = moments(rng, 1, 4, 4) * 10.0**inputs
     g = moments(rng, 1, 5, 5) * 10.0**outputs
     with np.errstate(all="raise", under="ignore"):
-        made = rounded(w, nowhere(w), h, g, 10.0**base, matrix_layout(5, 4))
+        made = rounded(w, nowhere(w), h, g, 10.0**base, matrix_layout(5, 4), coding=coding)
     assert 0 < made.scale < math.inf
     assert np.float32(made.scale) == made.scale
-    assert np.abs(made.codes).max() < 1 << 15
+    assert np.abs(made.codes).max() < (1 << 14 if made.trellis else 1 << 15)
     assert np.isfinite(made.values).all()
     assert (steps_of(made, w.shape) > 0).all()
     largest = np.abs(w).max(axis=2)
@@ -275,6 +278,17 @@ def found_layers(folder: Path) -> list[tuple[str, Layer]]:
     return [(odd.name, layer) for odd in ODD for layer in layers(odd.network(folder).model)]
 
 
+def as_stored(codes: NDArray[np.int32], made: Rounded, place: Layout, layer: Layer) -> Any:
+    """What codes of the matrix come back as, once they have been stored."""
+    stored = place.stored(layer.weight(codes.astype("f8")).astype("i4")).astype("<i2")
+    head = made.row_exponents.tobytes() + made.column_exponents.tobytes()
+    rows, columns = stored.shape
+    machine = Step("trellis.1", {"rows": rows, "columns": columns, "head": len(head), "width": 2})
+    grid = Step("grid.1", {"scale": made.scale, "view": list(place.view), "rows": list(place.rows), "width": 2})
+    steps = [machine, grid] if made.trellis else [grid]
+    return layer.matrix(decode(head + stored.tobytes(), steps, layer.shape, DTYPES["F32"], ""))
+
+
 def test_stored_values_are_those_of_the_matrix(tmp_path: Path) -> None:
     """For layers of all kinds: exponents and codes as they are stored decode to exactly the values rounded to; what
     has no place in the tensor is 0; and rounding costs less than rounding plainly to the same steps."""
@@ -297,12 +311,7 @@ def test_stored_values_are_those_of_the_matrix(tmp_path: Path) -> None:
             def decoded(
                 codes: NDArray[np.int32], made: Rounded = made, place: Layout = place, layer: Layer = layer
             ) -> Any:
-                stored = place.stored(layer.weight(codes.astype("f8")).astype("i4")).astype("<i2")
-                head = made.row_exponents.tobytes() + made.column_exponents.tobytes()
-                grid = {"scale": made.scale, "view": list(place.view), "rows": list(place.rows), "width": 2}
-                return layer.matrix(
-                    decode(head + stored.tobytes(), [Step("grid.1", grid)], layer.shape, DTYPES["F32"], "")
-                )
+                return as_stored(codes, made, place, layer)
 
             np.testing.assert_array_equal(decoded(made.codes), np.where(extra, 0, made.values), err_msg=name)
             steps = np.where(extra, 1, decoded(np.ones(shape, "i4"))).astype(float)
@@ -312,3 +321,69 @@ def test_stored_values_are_those_of_the_matrix(tmp_path: Path) -> None:
         if not layer.diagonal and layer.outputs * layer.inputs > 8:
             assert found < 0.7 * plain, name
     assert kinds == {"dense", "conv", "deconv", "recurrent", "embedding"}
+
+
+def test_stored_values_are_those_of_the_trellis(tmp_path: Path) -> None:
+    """Likewise where codes are to be entropy-coded; the trellis runs along rows as they are stored."""
+    kinds = set()
+    for number, (name, layer) in enumerate(found_layers(tmp_path)):
+        rng = np.random.default_rng(number)
+        place, extra = layout(layer), layer.extra()
+        w = rng.standard_normal((layer.groups, layer.outputs, layer.inputs))
+        w[extra] = 0
+        h = moments(rng, layer.groups, layer.inputs, layer.inputs // 2 + 1)
+        g = moments(rng, layer.groups, layer.outputs, layer.outputs // 2 + 1)
+        known: Any = np.diagonal(h, axis1=1, axis2=2) if layer.diagonal else h
+        for base in (0.5, 0.05, 1e-5):
+            made = rounded(w, extra, known, g, base, place, coding=PRICED)
+            if made.trellis:
+                kinds.add(layer.kind)
+            expected = np.where(extra, 0, made.values)
+            np.testing.assert_array_equal(as_stored(made.codes, made, place, layer), expected, err_msg=name)
+    assert kinds == {"dense", "conv", "deconv", "recurrent", "embedding"}
+
+
+def entropy(codes: NDArray[np.int32]) -> float:
+    counts = np.unique(codes, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / codes.size)).sum() / codes.size)
+
+
+@pytest.mark.parametrize(("base", "least"), [(0.1, 0.03), (0.4, 0.03), (2.0, 0.03)])
+def test_bits_that_count_are_saved(base: float, least: float) -> None:
+    """Of curves of bits by cost, that of priced codes lies lower, from five bits down to one."""
+    rng = np.random.default_rng(8)
+    w = rng.laplace(0, 1, (1, 40, 100))
+    h, g = moments(rng, 1, 100, 60), moments(rng, 1, 40, 30)
+
+    def bits_by_cost(coding: Coding) -> list[tuple[float, float]]:
+        found = []
+        for share in (0.6, 0.8, 1.0, 1.25, 1.6):
+            made = rounded(w, nowhere(w), h, g, base * share, matrix_layout(40, 100), coding=coding)
+            found.append((math.log2(cost(made.values - w, h, g)), entropy(made.codes)))
+        return sorted(found)
+
+    nearest, priced = (np.array(bits_by_cost(coding)).T for coding in (NEAREST, PRICED))
+    at = priced[0].mean()
+    assert np.interp(at, *nearest) - np.interp(at, *priced) > least
+
+
+def test_few_bits_go_without_a_trellis() -> None:
+    rng = np.random.default_rng(9)
+    w = rng.standard_normal((1, 20, 30))
+    h, g = moments(rng, 1, 30, 30), moments(rng, 1, 20, 20)
+
+    def made(base: float) -> Rounded:
+        return rounded(w, nowhere(w), h, g, base, matrix_layout(20, 30), coding=PRICED)
+
+    assert made(0.05).trellis
+    assert not made(2.0).trellis
+    assert not rounded(w, nowhere(w), h, g, 0.05, one_step(20, 30), coding=PRICED).trellis
+
+
+def test_codes_too_large_for_a_trellis_are_rounded_without() -> None:
+    """Nearly equal inputs: what one is off by, another has to take back many times over."""
+    x = np.array([[1.0, 1.0], [0.0, 1e-5]])
+    h, w = (x.T @ x)[None], np.array([[[1.0, 15000.0]]])
+    made = rounded(w, nowhere(w), h, np.eye(1)[None], 1.0, matrix_layout(1, 2), coding=PRICED)
+    assert np.abs(made.codes).max() < 1 << 15
+    assert np.isfinite(made.values).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from shrink.coders import rans
 from shrink.errors import BadInput
 from shrink.model import DTYPES, Model, Quantized, Source, Tensor
 from shrink.steps import Step, decode, groups, matrix
-from tests import test_steps
+from tests import containers, test_steps
 from tests.faulty_server import whole
 from tests.samples import safetensors as sample
 from tests.web import WEB, Loader, build, container, in_python, loader_in_chromium
@@ -113,7 +114,7 @@ def test_the_modes_of_this_test_are_all_modes_and_use_all_steps(tmp_path: Path) 
                 if isinstance(entry, Quantized):
                     used |= {step.name for step in entry.steps}
                     zeros |= {step.params["zero"] for step in entry.steps if step.name == "affine.1"}
-    assert used == {*steps._BYTE_STEPS, *steps._VALUE_STEPS} - {"rans.1", "grid.1"}
+    assert used == {*steps._BYTE_STEPS, *steps._VALUE_STEPS} - {"rans.1", "trellis.1", "grid.1"}
     assert zeros == {True, False}
 
 
@@ -136,7 +137,7 @@ def test_files_of_others(loader: Loader, tmp_path: Path) -> None:
         "w": {"dtype": "BF16", "shape": [20, 30], "data_offsets": [0, 1200]},
         "n": {"dtype": "I64", "shape": [], "data_offsets": [1200, 1208]},
     }
-    data = sample._whole(header, values.tobytes() + bytes(8))
+    data = containers.whole(header, values.tobytes() + bytes(8))
     assert_bit_equal(loader, tmp_path, data)
 
 
@@ -201,6 +202,16 @@ def random_entropy(rng: np.random.Generator, data: bytes) -> tuple[list[Step], b
     return [Step("rans.1", {**params, "width": width})], payload
 
 
+def random_trellis(rng: np.random.Generator, data: bytes, count: int) -> tuple[list[Step], bytes]:
+    """Codes of a trellis where grid.1 has others; now and then one is too large."""
+    head, width = len(data) - 2 * count, int(rng.choice([1, 2]))
+    most = 60 if width == 1 else rng.choice([60, 16383, 16384], p=[0.5, 0.4, 0.1])
+    codes = np.clip(np.round(rng.laplace(0, rng.choice([1.0, 9000.0]), count)), -most, most).astype(f"<i{width}")
+    rows = int(rng.choice([n for n in range(1, 20) if count % n == 0]))
+    params = {"rows": rows, "columns": count // rows, "head": head, "width": width}
+    return [Step("trellis.1", params)], data[:head] + codes.tobytes()
+
+
 def random_packing(rng: np.random.Generator, data: bytes) -> tuple[list[Step], bytes]:
     """Byte steps, and the bytes from which they make `data`; now and then a byte is missing."""
     steps: list[Step] = []
@@ -224,8 +235,11 @@ def random_entries(seed: int, count: int) -> Iterator[Quantized]:
         low = 0 if rng.random() < 0.1 else 1
         shape = tuple(int(n) for n in rng.integers(low, 12, rng.integers(1, 5)))
         value_step, data = random_values(rng, shape)
+        middle: list[Step] = []
+        if value_step.params.get("width") == 2 and rng.random() < 0.6:
+            middle, data = random_trellis(rng, data, math.prod(shape))
         steps, packed = (random_entropy if rng.random() < 0.4 else random_packing)(rng, data)
-        yield Quantized.of(f"t{number}", DTYPES["F32"], shape, (*steps, value_step), packed)
+        yield Quantized.of(f"t{number}", DTYPES["F32"], shape, (*steps, *middle, value_step), packed)
 
 
 def test_any_chain(loader: Loader, tmp_path: Path) -> None:
@@ -240,7 +254,7 @@ def test_any_chain(loader: Loader, tmp_path: Path) -> None:
     assert len(good) > 300
     assert len(bad) > 20
     names = {s.name for e in good for s in e.steps}
-    assert names == {"planes.1", "sparse.1", "cast.1", "codebook.1", "affine.1", "rans.1", "grid.1"}
+    assert names == {"planes.1", "sparse.1", "cast.1", "codebook.1", "affine.1", "rans.1", "trellis.1", "grid.1"}
     assert_bit_equal(loader, tmp_path, container(tmp_path, good))
     for entry in bad:
         assert loader.fails(loader.site.put(whole(container(tmp_path, [entry])))) == "corrupt"
@@ -255,12 +269,15 @@ def test_what_python_refuses_is_refused(loader: Loader, tmp_path: Path) -> None:
         if case.path.suffix == ".safetensors":
             result = loader.load(loader.site.put(whole(case.path.read_bytes())))
             codes[case.label] = result["error"]["code"] if "error" in result else "loaded"
-    assert len(codes) > 35
+    assert len(codes) > 105
     assert [label for label, code in codes.items() if code == "loaded"] == []
     unsupported = {label for label, code in codes.items() if code == "unsupported"}
-    assert unsupported == {"odd-dtype", "float8", "version-2", "unknown-step"}
+    packed = {f"packed-{what}" for what in ("version-3", "row-short", "step-unknown")}
+    packed |= {f"packed-dtype-{what}" for what in ("odd", "float8", "list")}
+    assert unsupported == {"odd-dtype", "float8", "version-3", "unknown-step"} | packed
     truncated = {label for label, code in codes.items() if code == "truncated"}
-    assert truncated == {"empty-file", "seven-bytes", "truncated-header", "truncated-body", "past-the-end"}
+    packed = {"packed-empty", "packed-no-length"}
+    assert truncated == {"empty-file", "seven-bytes", "truncated-header", "truncated-body", "past-the-end"} | packed
     assert set(codes.values()) == {"corrupt", "truncated", "unsupported"}
 
 

@@ -1,4 +1,4 @@
-"""rans.1 and the routines of encoder.wasm: round trips, two decoders that agree, payloads that were tampered with."""
+"""rans.1 and trellis.1: round trips, decoders that agree, payloads that were tampered with."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from shrink.coders import packing, rans
-from shrink.coders.wasm import Feedback, feedback
 from shrink.entropy import Damaged, Layout, decode, reference
 from shrink.model import DTYPES, Quantized
-from shrink.steps import Step
-from tests.rans_streams import Codes, Guarded, exponents, laplace, layout_of, mutated, plain, samples, written
+from shrink.steps import Step, trellised
+from tests.rans_streams import (
+    Codes,
+    Guarded,
+    chunks_of,
+    exponents,
+    laplace,
+    layout_of,
+    mutated,
+    plain,
+    samples,
+    written,
+)
 
 ROOT = Path(__file__).parents[1]
 MUTATIONS = 4000
@@ -78,22 +88,24 @@ def test_extremes(guarded: Guarded, shape: tuple[int, int], value: int | None) -
 
 
 def test_every_form_has_the_same_meaning_to_both_decoders(guarded: Guarded) -> None:
-    forms = 0
+    forms, pairs = 0, guarded.pairs
     for payload, layout in samples():
-        assert isinstance(guarded.decode(payload, layout), bytes)
-        assert guarded.decode(payload, layout) == either(payload, layout)
+        said = guarded.decode(payload, layout)
+        assert isinstance(said, bytes)
+        assert said == either(payload, layout)
         forms += 1
-    assert forms == 48
+    assert forms == 51
+    assert guarded.pairs - pairs == 3
 
 
 @pytest.mark.parametrize("contexts", [False, True])
 @pytest.mark.parametrize("bits", [0, 1, 2, 3])
-def test_chunks(guarded: Guarded, monkeypatch: pytest.MonkeyPatch, bits: int, contexts: bool) -> None:
-    monkeypatch.setattr(rans, "_CHUNK_CODES", 200)
+def test_chunks(guarded: Guarded, bits: int, contexts: bool) -> None:
     # What escapes say is left to the file's checksum, so there are none.
     codes = np.clip(laplace(2, 45, 30, 3.0, 0.8), -15, 15)
     head = exponents(2, 75)
-    payload = written(head, codes, bits, False, contexts)
+    with chunks_of(200):
+        payload = written(head, codes, bits, False, contexts)
     layout = layout_of(head, codes)
     assert either(payload, layout) == guarded.decode(payload, layout) == plain(head, codes)
     # Damage is said of the chunk that it is in: the last bytes are the last chunk's.
@@ -101,6 +113,29 @@ def test_chunks(guarded: Guarded, monkeypatch: pytest.MonkeyPatch, bits: int, co
     said = guarded.decode(harmed, layout)
     lines = -(-200 // 30 // (1 << bits)) * (1 << bits)
     assert said == either(harmed, layout) == f"chunk {-(-45 // lines) - 1} is damaged"
+
+
+@given(
+    lines=st.integers(1, 80),
+    columns=st.integers(1, 40),
+    codes=st.integers(64, 900),
+    spread=st.sampled_from([0.5, 3.0, 90.0]),
+    contexts=st.booleans(),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_pairs_of_chunks(
+    guarded: Guarded, lines: int, columns: int, codes: int, spread: float, contexts: bool, data: st.DataObject
+) -> None:
+    """Whatever their lengths are, and one of them damaged."""
+    matrix = laplace(4, lines, columns, spread, 0.6)
+    with chunks_of(codes):
+        payload = written(b"", matrix, 3, data.draw(st.booleans()), contexts)
+    layout = layout_of(b"", matrix)
+    assert guarded.decode(payload, layout) == plain(b"", matrix)
+    at = data.draw(st.integers(len(payload) // 8, len(payload) - 1))
+    harmed = payload[:at] + bytes([payload[at] ^ data.draw(st.integers(1, 255))]) + payload[at + 1 :]
+    guarded.decode(harmed, layout)
 
 
 def test_many_codes() -> None:
@@ -265,7 +300,7 @@ def test_noise_and_wrong_sizes(guarded: Guarded) -> None:
 
 def test_the_decoder_asks_for_nothing(guarded: Guarded) -> None:
     assert guarded.imports == 0
-    assert set(guarded.functions) == {"heap", "begin", "workspace", "chunk", "factors", "grid"}
+    assert set(guarded.functions) == {"heap", "begin", "workspace", "chunk", "pair", "trellis", "factors", "grid"}
 
 
 def test_an_address_outside_the_memory_traps(guarded: Guarded) -> None:
@@ -274,54 +309,55 @@ def test_an_address_outside_the_memory_traps(guarded: Guarded) -> None:
         guarded.call("begin", guarded.free, end, 64, 1, 1, 64, 1)
 
 
-# --- rounding with feedback --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("contexts", [False, True])
+def test_words_that_run_out_at_the_end_of_the_memory(guarded: Guarded, contexts: bool) -> None:
+    """Of two chunks the second is cut: reading on would trap, 16 bytes behind its end."""
+    codes = laplace(11, 80, 200, 3.0, 0.9)
+    with chunks_of(8000):
+        payload = written(b"", codes, 3, False, contexts)
+    payload = payload[: len(payload) * 2 // 3]
+    guarded.memory.grow(guarded.store, 2)
+    source = guarded.memory.data_len(guarded.store) - 16 - len(payload)
+    guarded.memory.write(guarded.store, payload, source)
+    space = guarded.free + -(-codes.nbytes // 16) * 16
+    layout = layout_of(b"", codes)
+    assert guarded.call("begin", guarded.free, source, len(payload), *codes.shape, 0, layout.width) == 2
+    assert [guarded.call("chunk", number, space) for number in range(2)] == [1, 0]
+    assert guarded.call("pair", 0, space) == 0
 
 
-def triangular(rng: np.random.Generator, size: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    lower: np.ndarray[tuple[int, int], np.dtype[np.float64]] = np.tril(rng.normal(0, 0.3 / np.sqrt(size), (size, size)))
-    np.fill_diagonal(lower, 1)
-    return lower
+# --- trellis -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 5), (4, 4), (9, 2), (16, 27), (33, 12)])
-@pytest.mark.parametrize("deadzone", [0.0, 0.2])
-def test_feedback(m: int, n: int, deadzone: float) -> None:
-    """As its formula says, code by code."""
-    rng = np.random.default_rng(m * n)
-    lg, lh = triangular(rng, m), triangular(rng, n)
-    w, later = rng.normal(size=(m, n)), rng.normal(0, 0.1, (m, n))
-    row_steps, column_steps = rng.uniform(0.2, 0.5, m), rng.uniform(0.5, 1, n)
-    codes, errors = np.zeros((m, n)), np.zeros((m, n))
-    behind = later.copy()
-    for j in reversed(range(n)):
-        for i in reversed(range(m)):
-            behind[i, j] += errors[i, j + 1 :] @ lh[j + 1 :, j]
-            above = lg[i + 1 :, i] @ (errors[i + 1 :, j] + behind[i + 1 :, j])
-            step = row_steps[i] * column_steps[j]
-            steps = (w[i, j] - behind[i, j] - above) / step
-            codes[i, j] = np.copysign(max(np.floor(abs(steps) + 0.5 - deadzone), 0), steps)
-            errors[i, j] = codes[i, j] * step - w[i, j]
-    kept = later.copy()
-    got_codes, got_errors = feedback(w, later, lg, lh, row_steps, column_steps, deadzone)
-    assert np.array_equal(got_codes, codes)
-    assert np.allclose(got_errors, errors, rtol=0, atol=1e-12)
-    assert np.array_equal(later, kept)
+@pytest.mark.parametrize("width", [1, 2])
+@given(data=st.data())
+@settings(deadline=None)
+def test_the_trellis_of_both_decoders(guarded: Guarded, width: int, data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(0, 9), st.integers(0, 35)))
+    most = 127 if width == 1 else 16383
+    codes = data.draw(arrays(f"<i{width}", shape, elements=st.integers(-3, 3) | st.integers(-most - 1, most)))
+    assert guarded.trellis(codes.tobytes(), width, *shape) == trellised(codes).astype("<i2").tobytes()
 
 
-def test_blocks_of_one_layer_are_independent_calls() -> None:
-    rng = np.random.default_rng(14)
-    layer = Feedback(triangular(rng, 20))
-    blocks = [(rng.normal(size=(20, n)), np.zeros((20, n)), triangular(rng, n)) for n in (64, 3, 64, 7)]
-    first = [layer.block(w, later, lh, np.full(20, 0.1), np.ones(len(lh)), 0.0) for w, later, lh in blocks]
-    again = [layer.block(w, later, lh, np.full(20, 0.1), np.ones(len(lh)), 0.0) for w, later, lh in reversed(blocks)]
-    for (codes, errors), (same_codes, same_errors) in zip(first, reversed(again), strict=True):
-        assert np.array_equal(codes, same_codes)
-        assert np.array_equal(errors, same_errors)
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("bad", [16384, -16385, 32767, -32768])
+def test_codes_too_large_for_the_trellis(guarded: Guarded, columns: int, bad: int) -> None:
+    """Wherever it stands, the last vector included."""
+    for at in range(3 * columns):
+        codes = np.full(3 * columns, 16383, "<i2")
+        codes[::2] = -16384
+        assert (
+            guarded.trellis(codes.tobytes(), 2, 3, columns) == trellised(codes.reshape(3, -1)).astype("<i2").tobytes()
+        )
+        codes[at] = bad
+        assert guarded.trellis(codes.tobytes(), 2, 3, columns) == "a code is too large"
 
 
-def test_no_feedback_is_plain_rounding() -> None:
-    rng = np.random.default_rng(15)
-    w = rng.normal(size=(10, 6))
-    codes, errors = feedback(w, np.zeros((10, 6)), np.eye(10), np.eye(6), np.full(10, 0.1), np.ones(6), 0.0)
-    assert np.array_equal(codes, np.copysign(np.floor(abs(w / 0.1) + 0.5), w))
-    assert abs(errors).max() <= 0.05 + 1e-12
+def test_every_state_and_all_lowest_bits(guarded: Guarded) -> None:
+    """Eight codes at a time go through a table: three of them lead into each state, then come all of eight bits."""
+    bits = np.arange(1 << 11)[:, None] >> np.arange(11) & 1
+    for codes in (bits, -bits, 2 - bits, bits - 2):
+        for start in range(8):
+            shifted = np.pad(codes.astype("i1"), ((0, 0), (start, 0)))
+            values = trellised(shifted).astype("<i2").tobytes()
+            assert guarded.trellis(shifted.tobytes(), 1, *shifted.shape) == values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
 from shrink.errors import BadInput
 from shrink.model import DTYPES
-from shrink.steps import EIGHTBIT_TABLE, Step, decode
+from shrink.steps import EIGHTBIT_TABLE, TRELLIS, Step, decode, trellised
 
 GOLDEN = Path(__file__).parent / "golden" / "steps"
-STEPS = ["zstd.1", "deflate.1", "planes.1", "sparse.1", "rans.1", "cast.1", "codebook.1", "affine.1", "grid.1"]
+STEPS = [
+    *("zstd.1", "deflate.1", "planes.1", "sparse.1", "rans.1", "trellis.1"),
+    *("cast.1", "codebook.1", "affine.1", "grid.1"),
+]
 
 
 def chain(spec: list[list[Any]]) -> tuple[Step, ...]:
@@ -57,6 +65,8 @@ AFFINE = {"bits": 8, "axis": None, "block": None, "scale": "F32", "zero": False}
 GRID = {"scale": 1.0, "view": None, "rows": [0], "width": 1}
 RANS = {"rows": 1, "columns": 3, "head": 0, "width": 1}
 CODES = ["cast.1", {"from": "I8"}]
+TRELLIS_OF_3 = {"rows": 1, "columns": 3, "head": 0, "width": 1}
+NUMBERS = ["cast.1", {"from": "I16"}]
 ONE = np.float32(1).tobytes()
 ZLIB_OF_ABC = zlib.compress(b"abc")
 RANS_OF_ABC = bytes.fromhex("03ff4fec00000100804108")
@@ -156,6 +166,25 @@ ZSTD_CHECKED = zstandard.ZstdCompressor(write_checksum=True).compress(b"abc")
         ("rans rows true", [["rans.1", {**RANS, "rows": True}], CODES], RANS_OF_ABC, (3,), "rows"),
         ("rans head below 0", [["rans.1", {**RANS, "head": -1}], CODES], RANS_OF_ABC, (3,), "head"),
         ("rans version", [["rans.1", {**RANS, "version": 2}], CODES], RANS_OF_ABC, (3,), "unknown parameter"),
+        ("trellis nothing", [["trellis.1", TRELLIS_OF_3], NUMBERS], b"", (3,), "0 bytes are there where 3"),
+        (
+            "trellis cut",
+            [["trellis.1", {**TRELLIS_OF_3, "head": 1}], NUMBERS],
+            b"abc",
+            (3,),
+            "3 bytes are there where 4",
+        ),
+        ("trellis and more", [["trellis.1", TRELLIS_OF_3], NUMBERS], b"abcd", (3,), "4 bytes are there where 3"),
+        ("trellis wide", [["trellis.1", {**TRELLIS_OF_3, "width": 2}], NUMBERS], bytes(5), (3,), "5 bytes are there"),
+        ("trellis wider", [["trellis.1", {**TRELLIS_OF_3, "width": 3}], NUMBERS], b"abc", (3,), "width"),
+        ("trellis width true", [["trellis.1", {**TRELLIS_OF_3, "width": True}], NUMBERS], b"abc", (3,), "width"),
+        ("trellis bomb", [["trellis.1", {**TRELLIS_OF_3, "rows": 30000}], NUMBERS], b"abc", (3,), "more bytes"),
+        ("trellis huge", [["trellis.1", {**TRELLIS_OF_3, "rows": 1 << 40}], NUMBERS], b"abc", (3,), "rows"),
+        ("trellis columns", [["trellis.1", {**TRELLIS_OF_3, "columns": 3.5}], NUMBERS], b"abc", (3,), "columns"),
+        ("trellis head below 0", [["trellis.1", {**TRELLIS_OF_3, "head": -1}], NUMBERS], b"ab", (3,), "head"),
+        ("trellis version", [["trellis.1", {**TRELLIS_OF_3, "states": 4}], NUMBERS], b"abc", (3,), "unknown parameter"),
+        ("trellis high", [["trellis.1", {**TRELLIS_OF_3, "width": 2}], NUMBERS], b"abcd\0\x40", (3,), "too large"),
+        ("trellis low", [["trellis.1", {**TRELLIS_OF_3, "width": 2}], NUMBERS], b"\xff\xbfabcd", (3,), "too large"),
         ("grid too short", [["grid.1", GRID]], bytes(6), (2, 2), "6 bytes are there where 8"),
         ("grid scale 0", [["grid.1", {**GRID, "scale": 0}]], bytes(8), (2, 2), "above 0"),
         ("grid scale below 0", [["grid.1", {**GRID, "scale": -1.0}]], bytes(8), (2, 2), "above 0"),
@@ -209,6 +238,42 @@ def test_grids_by_hand() -> None:
         assert values[a, b, c] == f32(f32(codes[c * 2 + a, b]) * column) * row
 
 
+def trellised_by_hand(codes: NDArray[Any]) -> NDArray[np.int64]:
+    """Code by code, with the machine as the description has it."""
+    machine = [(0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)]
+    values = np.zeros(codes.shape, np.int64)
+    for row, line in enumerate(codes.tolist()):
+        state = 0
+        for column, code in enumerate(line):
+            values[row, column] = 2 * code - ((code > 0) - (code < 0)) * (state & 1)
+            state = machine[state][code & 1]
+    return values
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])
+@given(data=st.data())
+def test_trellises_by_hand(dtype: type[np.signedinteger[Any]], data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(0, 5), st.integers(0, 40)))
+    most = 127 if dtype is np.int8 else 16383
+    codes = data.draw(arrays(dtype, shape, elements=st.integers(-3, 3) | st.integers(-most - 1, most)))
+    values = trellised(codes)
+    assert values.dtype == np.int32
+    assert np.array_equal(values, trellised_by_hand(codes))
+
+
+def test_the_machine_cannot_be_changed() -> None:
+    assert TRELLIS.shape == (8, 2)
+    with pytest.raises(ValueError, match="read-only"):
+        TRELLIS[0, 0] = 1
+
+
+def test_columns_without_rows_take_no_time() -> None:
+    """A row of so many codes would take minutes, and a file can say so in a few bytes."""
+    start = time.perf_counter()
+    assert trellised(np.empty((0, 1 << 30), np.int8)).shape == (0, 1 << 30)
+    assert time.perf_counter() - start < 5
+
+
 def test_random_bytes_never_do_worse_than_a_refusal() -> None:
     rng = np.random.default_rng(11)
     kinds: list[list[list[Any]]] = [
@@ -219,6 +284,7 @@ def test_random_bytes_never_do_worse_than_a_refusal() -> None:
         [["codebook.1", {"table": "eightbit", "scale": 0.5}]],
         [["grid.1", {"scale": 0.5, "view": None, "rows": [1], "width": 1}]],
         [["rans.1", {"rows": 4, "columns": 4, "head": 0, "width": 1}], ["cast.1", {"from": "I8"}]],
+        [["trellis.1", {"rows": 2, "columns": 8, "head": 0, "width": 2}], ["cast.1", {"from": "I16"}]],
     ]
     decoded = 0
     for _ in range(2000):

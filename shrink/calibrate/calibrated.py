@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shrink.calibrate import entries as storing
 from shrink.calibrate import layers as finding
 from shrink.calibrate import sensitivity
 from shrink.calibrate.covariance import Covariance
@@ -24,15 +25,13 @@ from shrink.calibrate.layers import Layer
 from shrink.calibrate.layout import Layout, layout, one_axis
 from shrink.calibrate.quality import Quality, cost, measured, peaks_of
 from shrink.calibrate.resuming import Store
-from shrink.calibrate.rounding import damped, rounded, steadied, targets, without_means
+from shrink.calibrate.rounding import PRICED, Rounded, damped, rounded, steadied, targets, without_means
 from shrink.calibrate.running import Graph
-from shrink.coders import rans
 from shrink.errors import BadInput, UsageError
 from shrink.export import Network
 from shrink.model import DTYPES, Entry, Quantized
 from shrink.progress import Progress, silent
-from shrink.quantizers import Quantizer, by_mode
-from shrink.steps import Step
+from shrink.quantizers import by_mode
 
 __all__ = ["Calibrator", "LayerResult", "Result", "parted"]
 
@@ -55,6 +54,8 @@ _CHECKED = 4
 _PROBES = 4
 _LARGE_OUTPUT, _LARGE_SAMPLES, _LARGE_PROBES = 4096, 8, 1
 _SAMPLES = 64
+# The step at which each layer is rounded alone, to see what it costs, and the most that this is taken to change.
+_WEIGHED_AT, _WEIGHED_AT_MOST = 2.0**-7, 32.0
 # The values kept of all layers' inputs, once as they were and once as they are.
 _HELD_BYTES = 300_000_000
 # The most that is taken off a weight that seems to have no effect.
@@ -135,9 +136,11 @@ class Calibrator:
         if not self.peaks:
             raise UsageError("the network puts out no numbers to measure", file=self._graph.file)
         self._reference = self._references()
-        self._g = self._gradients()
         self.weights = sum(math.prod(layer.shape) for layer in self._layers) + sum(e.size for e in self._others)
         """The number of weights that are quantized."""
+        self._g = self._gradients()
+        for layer in self._layers:
+            self._g[layer.tensor] = self._g[layer.tensor] * self._weight(layer)
         self.held_out = len(self._checks) if len(samples) > 1 else 0
         """The samples that it is not calibrated on, but measured."""
 
@@ -207,7 +210,8 @@ class Calibrator:
     def _gradients(self) -> dict[str, F64]:
         """What errors at each layer's outputs cost, from gradients; noise tells where there are none."""
         stored = self._store.gradients()
-        if stored is not None:
+        shapes = {layer.tensor: (layer.groups, layer.outputs, layer.outputs) for layer in self._layers}
+        if stored is not None and {name: g.shape for name, g in stored.items()} == shapes:
             return stored
         large = sum(value.size for value in self.outputs[0].values()) > _LARGE_OUTPUT
         samples, probes = (self._fits[:_LARGE_SAMPLES], _LARGE_PROBES) if large else (self._fits[:_SAMPLES], _PROBES)
@@ -224,6 +228,28 @@ class Calibrator:
         self._store.keep_gradients(found)
         return found
 
+    def _weight(self, layer: Layer) -> float:
+        """How much more the layer costs than its gradients say: by what the network loses when it alone is rounded."""
+        self._progress(f"weighing {layer.tensor}", self._layers.index(layer), len(self._layers))
+        key = f"alone {layer.tensor}"
+        made = self._store.layer(key)
+        if made is None:
+            known = [{**sample, **before} for sample, before in zip(self._fits, self._reference, strict=True)]
+            made = self._layer(layer, _WEIGHED_AT * math.sqrt(12 / self.weights), known)
+            self._store.keep(key, made)
+        for name, entry in made[1].items():
+            self._graph.put(name, entry.array)
+        found = self._cost_of_all()
+        for name in made[1]:
+            self._graph.put(name, self._original[name])
+        expected = _WEIGHED_AT**2 * math.prod(layer.shape) / self.weights
+        # Less is not believed: what a layer gets wrong alone, those after it would have made good, or have to.
+        return min(max(found / expected, 1.0), _WEIGHED_AT_MOST) if math.isfinite(found) else 1.0
+
+    def _cost_of_all(self) -> float:
+        found = [cost(a, b, self.peaks) for a, b in zip(self.outputs, self._run_checks(), strict=True)]
+        return math.fsum(found) / len(found)
+
     def _by_noise(self, layer: Layer) -> F64:
         moments = Covariance(layer, positions_at_most=self._positions(layer), seed=self._seed)
         for values in self._reference:
@@ -238,9 +264,9 @@ class Calibrator:
 
         def error(weights: Array) -> float:
             self._graph.put(tensor, weights)
-            found = [cost(a, b, self.peaks) for a, b in zip(self.outputs, self._run_checks(), strict=True)]
+            found = self._cost_of_all()
             self._graph.put(tensor, original)
-            return math.fsum(found) / len(found)
+            return found
 
         found = sensitivity.by_noise(original, error, self._seed, moments=moments, outputs=outputs)
         return found if math.isfinite(found) else 1.0
@@ -289,8 +315,9 @@ class Calibrator:
             if is_known:
                 aim = targets(matrix, h, cross, ridge, extra)
         place = self._places[layer.tensor]
-        made = rounded(aim, extra, h, g, base, place, *([_INT8] if self._keep else []))
-        entry = self._encoded(layer.tensor, layer.shape, made, layer, place)
+        how = {"largest_code": _INT8} if self._keep else {"coding": PRICED}
+        made = rounded(aim, extra, h, g, base, place, **how)
+        entry = self._encoded(layer, made, place)
         entries: dict[str, Entry] = {layer.tensor: entry}
         if bias is not None:
             shift = moments.target_mean - np.einsum("goi,gi->go", made.values, moments.mean)
@@ -311,11 +338,12 @@ class Calibrator:
             entries,
         )
 
-    def _encoded(self, name: str, shape: tuple[int, ...], made: Any, layer: Layer, place: Layout) -> Quantized:
+    def _encoded(self, layer: Layer, made: Rounded, place: Layout) -> Quantized:
         codes = place.stored(layer.weight(made.codes.astype(np.float64)).astype(np.int32))
         if self._keep:
-            return _int8(name, shape, codes, made.row_steps, place.rows)
-        return _entry(name, shape, codes, made.scale, made.row_exponents, made.column_exponents, place, self._effort)
+            return storing.int8(layer.tensor, layer.shape, codes, made.row_steps, place.rows)
+        steps = made.scale, made.row_exponents, made.column_exponents
+        return storing.on_grid(layer.tensor, layer.shape, codes, *steps, place, self._effort, trellis=made.trellis)
 
     def _halved(self, step: float) -> dict[str, Entry]:
         """The tensors of one number per channel in float16, where the step is far coarser than that."""
@@ -352,7 +380,7 @@ class Calibrator:
         wanted = flat.astype(np.float32).reshape(before.shape)
         cheap = np.zeros(flat.size)
         np.add.at(cheap, places, np.einsum("goo->go", g))
-        return {name: _small(name, wanted, cheap, base**2 / 12 * math.prod(layer.shape) / 100)}
+        return {name: storing.small(name, wanted, cheap, base**2 / 12 * math.prod(layer.shape) / 100)}
 
     def _alone(self, entry: Entry, base: float) -> tuple[LayerResult, dict[str, Entry]]:
         """A weight that is in no layer: by its sensitivity alone."""
@@ -366,9 +394,9 @@ class Calibrator:
         rows, columns = (np.zeros(n, np.int8) for n in codes.shape)
         place = Layout(x.shape, (0,), rows.astype(np.int64)[None], rows.astype(np.int64), None)
         if self._keep:
-            made = _int8(entry.name, x.shape, codes, np.array([step], np.float32), ())
+            made = storing.int8(entry.name, x.shape, codes, np.array([step], np.float32), ())
         else:
-            made = _entry(entry.name, x.shape, codes, step, rows, columns, place, self._effort)
+            made = storing.on_grid(entry.name, x.shape, codes, step, rows, columns, place, self._effort)
         self._graph.put(entry.name, made.array)
         bits = 8 * made.size_bytes / max(1, entry.size)
         note = "by sensitivity alone: the graph does not use it as a linear layer"
@@ -398,40 +426,3 @@ def _mixed(samples: list[Values], added: list[Values]) -> list[Values]:
 def _ridge(inputs: int, positions: int) -> float:
     """More where few positions tell about many inputs: what they do not show is not free."""
     return _INPUT_RIDGE * max(1.0, _POSITIONS_PER_INPUT * inputs / max(1, positions))
-
-
-def _entry(
-    name: str,
-    shape: tuple[int, ...],
-    codes: NDArray[np.int32],
-    scale: float,
-    rows: NDArray[np.int8],
-    columns: NDArray[np.int8],
-    place: Layout,
-    effort: int,
-) -> Quantized:
-    head = rows.tobytes() + columns.tobytes()
-    payload, params = rans.encode(head, codes.astype(np.int16), effort=effort)
-    view = None if place.view == shape else list(place.view)
-    grid = {"scale": scale, "view": view, "rows": list(place.rows), "width": params["width"]}
-    return Quantized.of(name, DTYPES["F32"], shape, (Step("rans.1", params), Step("grid.1", grid)), payload)
-
-
-def _int8(name: str, shape: tuple[int, ...], codes: NDArray[np.int32], steps: F32, axes: Sequence[int]) -> Quantized:
-    """Codes of 8 bits, those of the axis in front, and a step for each of its rows; or one for all without an axis."""
-    payload = steps.astype("<f4").tobytes() + codes.astype(np.int8).tobytes()
-    params = {"bits": 8, "axis": axes[0] if axes else None, "block": None, "scale": "F32", "zero": False}
-    return Quantized.of(name, DTYPES["F32"], shape, (Step("affine.1", params),), payload)
-
-
-def _small(name: str, values: F32, cost_of_one: F64, at_most: float) -> Entry:
-    """A small tensor in float16 where its rounding costs at most so much, else in float32."""
-    from shrink.model import Tensor
-
-    half: Quantizer = by_mode("float16")
-    made = half.quantize(name, values)
-    if isinstance(made, Quantized):
-        error = (made.array.astype(np.float64) - values).reshape(-1)
-        if float(np.sum(cost_of_one * error**2)) <= at_most:
-            return made
-    return Tensor.of(name, values)

@@ -39,7 +39,7 @@ _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, struct.error),
 )
 # What is stored changes with this.
-_VERSION = "1"
+_VERSION = "2"
 
 
 def identity_of(

@@ -1,4 +1,4 @@
-/* The steps rans.1 and grid.1, which few files have: rans.js loads this when one does. `begin` reads everything but the
+/* The steps rans.1, trellis.1 and grid.1, which few files have: rans.js loads this when one does. `begin` reads everything but the
  * codes, then any chunk can be decoded by `chunk`, in any order. Addresses are in the exported memory, which the caller
  * lays out from `heap` on. Behind a source there must be 16 more bytes, as whole words are read, and before it 16.
  * `python -m tests.web.build` makes rans.wasm of it.
@@ -33,6 +33,9 @@ static u32 code_bit(struct Coder* coder, u32 one, u32 value) {
 }
 
 #define BLOCK 16u
+
+/* The module is compiled for its size, its inner loops are unrolled all the same. */
+#define EACH(i, n) _Pragma("clang loop unroll(full)") for (u32 i = 0; i < (n); i++)
 
 static void fill_ranks(void);
 static u8 ranks[16][16];
@@ -80,8 +83,9 @@ i32 EXPORT(begin)(u8* to, const u8* source, u32 length, u32 rows, u32 columns, u
     return (i32)stream.chunks;
 }
 
-/* Bytes that `chunk` needs at `space`, aligned like a vector, for the means and levels of the columns of a line. */
-u32 EXPORT(workspace)(void) { return stream.contexts && stream.chunks ? 3 * (stream.stride + BLOCK) : 0; }
+/* Bytes that `chunk` and `pair` need at `space`, aligned like a vector, for the means and levels of the columns of a
+ * line, of two chunks. */
+u32 EXPORT(workspace)(void) { return stream.contexts && stream.chunks ? 6 * (stream.stride + BLOCK) : 0; }
 
 struct Columns { u16* mean; u8* level; };
 struct Lanes { u32 x[LANES_AT_MOST], mean[LANES_AT_MOST]; const u8 *words, *end; u32 bits, most_bits; };
@@ -194,20 +198,21 @@ INLINE v128_t tables_of(v128_t context) {
     wasm_i8x16_shuffle(a, b, i, i + 16, i + 1, i + 17, i + 2, i + 18, i + 3, i + 19, i + 4, i + 20, i + 5, \
                        i + 21, i + 6, i + 22, i + 7, i + 23)
 
-/* Sixteen columns of eight tokens become eight rows of sixteen: three times, halves are zipped as cards are. */
+/* Sixteen columns of eight tokens become eight rows of sixteen: four times, halves are zipped as cards are. */
 INLINE void turn(const u8* tokens, v128_t* rows) {
-    v128_t a[8], b[8];
-    for (int i = 0; i < 8; i++) a[i] = wasm_v128_load(tokens + 16 * i);
-    for (int i = 0; i < 4; i++) b[2 * i] = ZIP(a[i], a[i + 4], 0), b[2 * i + 1] = ZIP(a[i], a[i + 4], 8);
-    for (int i = 0; i < 4; i++) a[2 * i] = ZIP(b[i], b[i + 4], 0), a[2 * i + 1] = ZIP(b[i], b[i + 4], 8);
-    for (int i = 0; i < 4; i++) b[2 * i] = ZIP(a[i], a[i + 4], 0), b[2 * i + 1] = ZIP(a[i], a[i + 4], 8);
-    for (int i = 0; i < 4; i++) rows[2 * i] = ZIP(b[i], b[i + 4], 0), rows[2 * i + 1] = ZIP(b[i], b[i + 4], 8);
+    EACH(i, 8) rows[i] = wasm_v128_load(tokens + 16 * i);
+    EACH(round, 4) {
+        v128_t zipped[8];
+        EACH(i, 8)
+            zipped[i] = i & 1 ? ZIP(rows[i / 2], rows[i / 2 + 4], 8) : ZIP(rows[i / 2], rows[i / 2 + 4], 0);
+        EACH(i, 8) rows[i] = zipped[i];
+    }
 }
 
 INLINE void move_columns(const v128_t* rows, u16* mean, u8* level, u32 rate) {
     v128_t const most = wasm_i8x16_const_splat(EXACT), factor = wasm_i32x4_splat((i32)rate);
     v128_t sum = wasm_i8x16_const_splat(0);
-    for (int l = 0; l < 8; l++)
+    EACH(l, 8)
         sum = wasm_i8x16_add(sum, wasm_u8x16_min(wasm_i8x16_abs(wasm_i8x16_sub(rows[l], most)), most));
     for (u32 half = 0; half < 2; half++, mean += 8, level += 8) {
         v128_t const before = wasm_v128_load(mean);
@@ -221,113 +226,224 @@ INLINE void move_columns(const v128_t* rows, u16* mean, u8* level, u32 rate) {
     }
 }
 
-/* The same as `some_lanes` for eight lanes and whole lines, sixteen columns at a time. */
-INLINE int eight_lanes(struct Lanes* lanes, u8* line, struct Columns columns, u32 rate, u32 const contexts) {
+/* A chunk on its way: where eight lanes of it stand, and the line that they begin. */
+struct Eight { v128_t a, b, mean; const u8 *words, *end; u8* line; struct Columns columns; };
+
+/* A code of each lane; 0 when words run out. */
+INLINE int next_column(struct Eight* at, u8* tokens, u32 column, u32 const contexts) {
+    v128_t const low = wasm_i32x4_const_splat(4 * (SLOTS - 1)), most = wasm_i16x8_const_splat(EXACT);
+    v128_t from_a = wasm_v128_and(wasm_i32x4_shl(at->a, 2), low), from_b = wasm_v128_and(wasm_i32x4_shl(at->b, 2), low);
+    if (contexts) {
+        v128_t const level = wasm_v128_load8_splat(at->columns.level + column);
+        v128_t const table = wasm_u16x8_extend_low_u8x16(tables_of(wasm_i8x16_add(levels_of(at->mean), level)));
+        from_a = wasm_v128_or(from_a, wasm_i32x4_shl(wasm_u32x4_extend_low_u16x8(table), SLOT_BITS + 2));
+        from_b = wasm_v128_or(from_b, wasm_i32x4_shl(wasm_u32x4_extend_high_u16x8(table), SLOT_BITS + 2));
+    }
+    v128_t const slot_a = gathered(from_a), slot_b = gathered(from_b);
+    v128_t const token = wasm_i16x8_narrow_i32x4(wasm_u32x4_shr(slot_a, 24), wasm_u32x4_shr(slot_b, 24));
+    at->a = advanced(at->a, slot_a, &at->words);
+    at->b = advanced(at->b, slot_b, &at->words);
+    wasm_v128_store64_lane(tokens, wasm_u8x16_narrow_i16x8(token, token), 0);
+    if (contexts) {
+        v128_t const magnitude = wasm_i16x8_min(wasm_i16x8_abs(wasm_i16x8_sub(token, most)), most);
+        v128_t const off = wasm_i16x8_sub(wasm_i16x8_shl(magnitude, 8), at->mean);
+        at->mean = wasm_i16x8_add(at->mean, wasm_i16x8_shr(off, 5));
+    }
+    return at->words <= at->end;
+}
+
+/* The values of `count` columns from `left` on; 0 when one does not fit. */
+static __attribute__((noinline)) int put_columns(struct Lanes* lanes, u8* tokens, u32 left, u32 count, u8* line,
+                                                 struct Columns columns, u32 rate) {
     u32 const width = stream.width, stride = stream.stride;
-    v128_t const low = wasm_i32x4_const_splat(4 * (SLOTS - 1)), exact = wasm_i8x16_const_splat(EXACT);
-    v128_t const most = wasm_i16x8_const_splat(EXACT);
-    v128_t a = wasm_v128_load(lanes->x), b = wasm_v128_load(lanes->x + 4);
-    v128_t mean = wasm_i16x8_splat((int16_t)stream.mean);
-    const u8* words = lanes->words;
+    v128_t const exact = wasm_i8x16_const_splat(EXACT);
+    v128_t rows[8];
+    for (u32 i = 8 * count; i < 8 * BLOCK; i++) tokens[i] = EXACT;
+    turn(tokens, rows);
+    v128_t largest = rows[0];
+    EACH(l, 8) {
+        u8* const out = line + ((size_t)l * stride + left) * width;
+        v128_t const values = wasm_i8x16_sub(rows[l], exact);
+        largest = wasm_u8x16_max(largest, rows[l]);
+        u8 rest[2 * BLOCK];
+        u8* const to = count == BLOCK ? out : rest;
+        if (width == 1) wasm_v128_store(to, values);
+        else {
+            wasm_v128_store(to, wasm_i16x8_extend_low_i8x16(values));
+            wasm_v128_store(to + 16, wasm_i16x8_extend_high_i8x16(values));
+        }
+        if (count < BLOCK) __builtin_memcpy(out, rest, count * width);
+    }
+    if (stream.contexts) move_columns(rows, columns.mean + left, columns.level + left, rate);
+    if (!wasm_v128_any_true(wasm_u8x16_ge(largest, wasm_i8x16_const_splat(ESCAPE)))) return 1;
+    for (u32 i = 0; i < 8 * count; i++)
+        if (tokens[i] >= ESCAPE &&
+            !put_escaped(lanes, tokens[i], line + ((size_t)(i & 7) * stride + left + (i >> 3)) * width))
+            return 0;
+    return 1;
+}
+
+struct Chunk { struct Lanes lanes; struct Columns columns; u32 first, last; };
+
+/* The same as `some_lanes` for eight lanes and whole lines, sixteen columns at a time, of `n` chunks: what one of them
+ * waits for leaves time for the other. */
+INLINE int eight_lanes(struct Chunk* chunk, u32 group, u32 rate, u32 const contexts, u32 const n) {
+    u32 const stride = stream.stride;
+    struct Eight at[2];
+    EACH(k, n) {
+        at[k].a = wasm_v128_load(chunk[k].lanes.x), at[k].b = wasm_v128_load(chunk[k].lanes.x + 4);
+        at[k].mean = wasm_i16x8_splat((int16_t)stream.mean);
+        at[k].words = chunk[k].lanes.words, at[k].end = chunk[k].lanes.end, at[k].columns = chunk[k].columns;
+        at[k].line = target + (size_t)(chunk[k].first + 8 * group) * stride * stream.width;
+    }
     for (u32 left = 0; left < stride; left += BLOCK) {
         u32 const count = stride - left < BLOCK ? stride - left : BLOCK;
-        u8 tokens[BLOCK * 8] __attribute__((aligned(16)));
-        v128_t rows[8];
-        for (u32 j = 0; j < count; j++) {
-            v128_t from_a = wasm_v128_and(wasm_i32x4_shl(a, 2), low), from_b = wasm_v128_and(wasm_i32x4_shl(b, 2), low);
-            if (contexts) {
-                v128_t const context = wasm_i8x16_add(levels_of(mean), wasm_v128_load8_splat(columns.level + left + j));
-                v128_t const table = wasm_u16x8_extend_low_u8x16(tables_of(context));
-                from_a = wasm_v128_or(from_a, wasm_i32x4_shl(wasm_u32x4_extend_low_u16x8(table), SLOT_BITS + 2));
-                from_b = wasm_v128_or(from_b, wasm_i32x4_shl(wasm_u32x4_extend_high_u16x8(table), SLOT_BITS + 2));
-            }
-            v128_t const slot_a = gathered(from_a), slot_b = gathered(from_b);
-            v128_t const token = wasm_i16x8_narrow_i32x4(wasm_u32x4_shr(slot_a, 24), wasm_u32x4_shr(slot_b, 24));
-            a = advanced(a, slot_a, &words);
-            b = advanced(b, slot_b, &words);
-            if (words > lanes->end) return 0;
-            wasm_v128_store64_lane(tokens + 8 * j, wasm_u8x16_narrow_i16x8(token, token), 0);
-            if (contexts) {
-                v128_t const magnitude = wasm_i16x8_min(wasm_i16x8_abs(wasm_i16x8_sub(token, most)), most);
-                v128_t const off = wasm_i16x8_sub(wasm_i16x8_shl(magnitude, 8), mean);
-                mean = wasm_i16x8_add(mean, wasm_i16x8_shr(off, 5));
-            }
-        }
-        for (u32 i = 8 * count; i < 8 * BLOCK; i++) tokens[i] = EXACT;
-        turn(tokens, rows);
-        v128_t largest = rows[0];
-        for (u32 l = 0; l < 8; l++) {
-            u8* const out = line + ((size_t)l * stride + left) * width;
-            v128_t const values = wasm_i8x16_sub(rows[l], exact);
-            largest = wasm_u8x16_max(largest, rows[l]);
-            u8 rest[2 * BLOCK];
-            u8* const to = count == BLOCK ? out : rest;
-            if (width == 1) wasm_v128_store(to, values);
-            else {
-                wasm_v128_store(to, wasm_i16x8_extend_low_i8x16(values));
-                wasm_v128_store(to + 16, wasm_i16x8_extend_high_i8x16(values));
-            }
-            if (count < BLOCK) __builtin_memcpy(out, rest, count * width);
-        }
-        if (contexts) move_columns(rows, columns.mean + left, columns.level + left, rate);
-        if (!wasm_v128_any_true(wasm_u8x16_ge(largest, wasm_i8x16_const_splat(ESCAPE)))) continue;
-        for (u32 i = 0; i < 8 * count; i++)
-            if (tokens[i] >= ESCAPE &&
-                !put_escaped(lanes, tokens[i], line + ((size_t)(i & 7) * stride + left + (i >> 3)) * width))
-                return 0;
+        u8 tokens[2][BLOCK * 8] __attribute__((aligned(16)));
+        for (u32 j = 0; j < count; j++)
+            EACH(k, n)
+                if (!next_column(&at[k], tokens[k] + 8 * j, left + j, contexts)) return 0;
+        EACH(k, n)
+            if (!put_columns(&chunk[k].lanes, tokens[k], left, count, at[k].line, at[k].columns, rate)) return 0;
     }
-    wasm_v128_store(lanes->x, a);
-    wasm_v128_store(lanes->x + 4, b);
-    lanes->words = words;
+    EACH(k, n) {
+        wasm_v128_store(chunk[k].lanes.x, at[k].a);
+        wasm_v128_store(chunk[k].lanes.x + 4, at[k].b);
+        chunk[k].lanes.words = at[k].words;
+    }
     return 1;
 }
 
 /* Functions of their own: a browser swaps in its better code between two calls. */
-static __attribute__((noinline)) int static_group(struct Lanes* lanes, u8* line, struct Columns columns) {
-    return eight_lanes(lanes, line, columns, 0, 0);
-}
+#define GROUP(name, contexts, n)                                                          \
+    static __attribute__((noinline)) int name(struct Chunk* chunk, u32 group, u32 rate) { \
+        return eight_lanes(chunk, group, rate, contexts, n);                              \
+    }
+GROUP(static_group, 0, 1)
+GROUP(context_group, 1, 1)
+GROUP(static_groups, 0, 2)
+GROUP(context_groups, 1, 2)
 
-static __attribute__((noinline)) int context_group(struct Lanes* lanes, u8* line, struct Columns columns, u32 rate) {
-    return eight_lanes(lanes, line, columns, rate, 1);
-}
-
-/* 1 when chunk `number` is whole; its codes then lie where they belong. */
-int EXPORT(chunk)(u32 number, void* space) {
-    if (number >= stream.chunks) return 0;
+/* 0 where a chunk does not even begin well. */
+static int open_chunk(struct Chunk* chunk, u32 number, u8* space) {
     u32 const lanes_count = 1u << stream.lane_bits, length = stream.lengths[number];
-    u32 const first = number * stream.band;
-    u32 const last = stream.lines - first > stream.band ? first + stream.band : stream.lines;
-    u32 const short_line = stream.count - (stream.lines - 1) * stream.stride;
     const u8* source = chunks;
     for (u32 i = 0; i < number; i++) source += stream.lengths[i];
-    struct Lanes lanes = {.words = source + 4 * lanes_count, .end = source + length, .most_bits = 8 * length};
+    chunk->first = number * stream.band;
+    chunk->last = stream.lines - chunk->first > stream.band ? chunk->first + stream.band : stream.lines;
+    chunk->columns = (struct Columns){(u16*)space, space + 2 * (stream.stride + BLOCK)};
+    struct Lanes* const lanes = &chunk->lanes;
+    lanes->words = source + 4 * lanes_count, lanes->end = source + length;
+    lanes->bits = 0, lanes->most_bits = 8 * length;
     if (length < 4 * lanes_count || length >> 28) return 0;
     for (u32 l = 0; l < lanes_count; l++) {
-        __builtin_memcpy(&lanes.x[l], source + 4 * l, 4);
-        if (lanes.x[l] < LOWEST) return 0;
+        __builtin_memcpy(&lanes->x[l], source + 4 * l, 4);
+        if (lanes->x[l] < LOWEST) return 0;
     }
-    struct Columns const columns = {space, (u8*)space + 2 * (stream.stride + BLOCK)};
     if (stream.contexts)
         for (u32 j = 0; j < stream.stride; j++) {
-            columns.mean[j] = (u16)stream.mean;
-            columns.level[j] = (u8)level_of(stream.mean);
+            chunk->columns.mean[j] = (u16)stream.mean;
+            chunk->columns.level[j] = (u8)level_of(stream.mean);
         }
-    for (u32 at = first, group = 0; at < last; at += lanes_count, group++) {
-        u32 const active = last - at < lanes_count ? last - at : lanes_count;
+    return 1;
+}
+
+/* The groups of a chunk from `group` on; 1 when it is whole. */
+static int end_chunk(struct Chunk* chunk, u32 group) {
+    u32 const lanes_count = 1u << stream.lane_bits;
+    u32 const short_line = stream.count - (stream.lines - 1) * stream.stride;
+    struct Lanes* const lanes = &chunk->lanes;
+    for (u32 at = chunk->first + group * lanes_count; at < chunk->last; at += lanes_count, group++) {
+        u32 const active = chunk->last - at < lanes_count ? chunk->last - at : lanes_count;
         u32 const whole = at + active == stream.lines ? short_line : stream.stride;
         u32 const rate = column_rate(group, stream.lane_bits);
-        u8* const line = target + (size_t)at * stream.stride * stream.width;
-        for (u32 l = 0; l < active; l++) lanes.mean[l] = stream.mean;
         if (active == 8 && whole == stream.stride) {
-            if (!(stream.contexts ? context_group(&lanes, line, columns, rate) : static_group(&lanes, line, columns)))
-                return 0;
-        } else if (!some_lanes(&lanes, active, 0, whole, line, columns, rate) ||
-                   (active > 1 && !some_lanes(&lanes, active - 1, whole, stream.stride, line, columns, rate)))
+            if (!(stream.contexts ? context_group(chunk, group, rate) : static_group(chunk, group, rate))) return 0;
+            continue;
+        }
+        u8* const line = target + (size_t)at * stream.stride * stream.width;
+        for (u32 l = 0; l < active; l++) lanes->mean[l] = stream.mean;
+        if (!some_lanes(lanes, active, 0, whole, line, chunk->columns, rate) ||
+            (active > 1 && !some_lanes(lanes, active - 1, whole, stream.stride, line, chunk->columns, rate)))
             return 0;
     }
     for (u32 l = 0; l < lanes_count; l++)
-        if (lanes.x[l] != LOWEST) return 0;
-    return lanes.bits <= lanes.most_bits && lanes.words == lanes.end - (lanes.bits + 7) / 8;
+        if (lanes->x[l] != LOWEST) return 0;
+    return lanes->bits <= lanes->most_bits && lanes->words == lanes->end - (lanes->bits + 7) / 8;
+}
+
+/* 1 when chunk `number` is whole; its codes then lie where they belong. */
+int EXPORT(chunk)(u32 number, u8* space) {
+    struct Chunk chunk;
+    return number < stream.chunks && open_chunk(&chunk, number, space) && end_chunk(&chunk, 0);
+}
+
+/* The same for this chunk and the next: two take much less time than one after the other. 0 also where there are none. */
+int EXPORT(pair)(u32 number, u8* space) {
+    struct Chunk chunk[2];
+    if (number >= stream.chunks || stream.chunks - number < 2 || stream.lane_bits != 3) return 0;
+    if (!open_chunk(chunk, number, space) || !open_chunk(chunk + 1, number + 1, space + 3 * (stream.stride + BLOCK)))
+        return 0;
+    /* Only the last line of all can be short, and the second chunk has no more lines than the first. */
+    u32 const lines = chunk[1].last - chunk[1].first - (chunk[1].last == stream.lines), common = lines / 8;
+    for (u32 group = 0; group < common; group++) {
+        u32 const rate = column_rate(group, 3);
+        if (!(stream.contexts ? context_groups(chunk, group, rate) : static_groups(chunk, group, rate))) return 0;
+    }
+    return end_chunk(chunk, common) && end_chunk(chunk + 1, common);
+}
+
+/* By a state of trellis.1's machine and the lowest bits of the next eight codes: in which of them it is odd, and from bit
+ * 8 on the state after them. */
+static u16 machine[8 * 256];
+
+static void fill_machine(void) {
+    for (u32 i = 0; i < 8 * 256; i++) {
+        u32 state = i >> 8, odd = 0;
+        for (u32 j = 0; j < 8; j++) {
+            odd |= (state & 1) << j;
+            /* The state after an even code is one of these, by the state before; after an odd one its second bit turns. */
+            state = (0x73426150u >> 4 * state & 7) ^ (i >> j & 1) << 1;
+        }
+        machine[i] = (u16)(odd | state << 8);
+    }
+}
+
+/* Eight codes k of trellis.1: 2k, or 2k − sgn(k) where the state is odd; `large` gets a sign where k is too large. */
+INLINE v128_t eight_values(v128_t code, u32* state, v128_t* large) {
+    v128_t const bits = wasm_i16x8_const(1, 2, 4, 8, 16, 32, 64, 128), none = wasm_i16x8_const_splat(0);
+    v128_t const twice = wasm_i16x8_shl(code, 1);
+    u32 const entry = machine[*state << 8 | wasm_i16x8_bitmask(wasm_i16x8_shl(code, 15))];
+    v128_t const odd = wasm_i16x8_eq(wasm_v128_and(wasm_i16x8_splat((int16_t)entry), bits), bits);
+    v128_t const sign = wasm_i16x8_sub(wasm_i16x8_lt(code, none), wasm_i16x8_gt(code, none));
+    *large = wasm_v128_or(*large, wasm_v128_xor(code, twice));
+    *state = entry >> 8;
+    return wasm_i16x8_sub(twice, wasm_v128_and(sign, odd));
+}
+
+/* trellis.1: values (rows, columns) of two bytes for codes of `width`; 1 when none is too large. */
+int EXPORT(trellis)(u8* to, const u8* codes, u32 width, u32 rows, u32 columns) {
+    v128_t large = wasm_i16x8_const_splat(0);
+    u32 rest = rows * columns;
+    if (!machine[1]) fill_machine();
+    for (u32 i = 0; i < rows && rest; i++) {
+        u32 state = 0;
+        for (u32 left = columns, count; left; left -= count, rest -= count) {
+            count = left < 8 ? left : 8;
+            if (rest >= 8) {
+                /* What lies past the row's end is written anew with the next one. */
+                v128_t const code = width == 1 ? wasm_i16x8_load8x8(codes) : wasm_v128_load(codes);
+                wasm_v128_store(to, eight_values(code, &state, &large));
+            } else {
+                u8 last[16] = {0};
+                __builtin_memcpy(last, codes, rest * width);
+                v128_t const code = width == 1 ? wasm_i16x8_load8x8(last) : wasm_v128_load(last);
+                wasm_v128_store(last, eight_values(code, &state, &large));
+                __builtin_memcpy(to, last, 2 * rest);
+            }
+            to += 2 * count, codes += count * width;
+        }
+    }
+    return !wasm_i16x8_bitmask(large);
 }
 
 /* `count` factors f32(scale · 2^(exponent / 2)) of signed bytes. */

@@ -1,4 +1,4 @@
-/** The steps rans.1 and grid.1 on rans.wasm. Few files have them: steps.js imports this when one does. */
+/** The steps rans.1, trellis.1 and grid.1 on rans.wasm. Few files have them: steps.js imports this when one does. */
 import { countOf } from "./dtypes.js";
 import { compile } from "./codec.js";
 import { LoadError } from "./errors.js";
@@ -27,13 +27,31 @@ async function instanceFor(codec) {
 }
 
 export async function rans(bytes, params, most, codec) {
-  const [rows, columns, head] = ["rows", "columns", "head"].map((key) => params.integer(key, 0, most));
-  const width = params.integer("width", 1, 2);
-  params.done();
+  const layout = layoutOf(params, most);
+  const [rows, columns, head, width] = layout;
   const size = head + rows * columns * width;
   if (size > most) throw params.bad("it gives more bytes than the tensor holds");
   const instance = await instanceFor(codec);
-  return instance.decode(bytes, size, [rows, columns, head, width], params);
+  return instance.decode(bytes, size, layout, params);
+}
+
+export async function trellis(bytes, params, most, codec) {
+  const [rows, columns, head, width] = layoutOf(params, most);
+  const size = head + 2 * rows * columns;
+  if (size > most) throw params.bad("it gives more bytes than the tensor holds");
+  const given = head + rows * columns * width;
+  if (bytes.length !== given) throw params.bad(`${bytes.length} bytes are there where ${given} belong`);
+  const instance = await instanceFor(codec);
+  const values = instance.trellis(bytes, size, head, [width, rows, columns]);
+  if (!values) throw params.bad("a code is too large");
+  return values;
+}
+
+function layoutOf(params, most) {
+  const [rows, columns, head] = ["rows", "columns", "head"].map((key) => params.integer(key, 0, most));
+  const width = params.integer("width", 1, 2);
+  params.done();
+  return [rows, columns, head, width];
 }
 
 export async function grid(bytes, params, { dtype, shape, codec }) {
@@ -109,10 +127,21 @@ class Rans {
     const chunks = this.exports.begin(target, source, bytes.length, ...layout);
     if (chunks < 0) throw params.bad("the header is damaged");
     this.#room(space + this.exports.workspace());
-    for (let chunk = 0; chunk < chunks; chunk++) {
-      if (!this.exports.chunk(chunk, space)) throw params.bad(`chunk ${chunk} is damaged`);
+    for (let chunk = 0; chunk < chunks; ) {
+      if (this.exports.pair(chunk, space)) chunk += 2;
+      else if (this.exports.chunk(chunk, space)) chunk++;
+      else throw params.bad(`chunk ${chunk} is damaged`);
     }
     return new Uint8Array(this.exports.memory.buffer, target, size);
+  }
+
+  /** The head's bytes and two for each code, null when a code is too large. */
+  trellis(bytes, size, head, layout) {
+    const [source, target] = this.#place(bytes, [size]);
+    const { buffer } = this.exports.memory;
+    new Uint8Array(buffer).copyWithin(target, source, source + head);
+    const fit = this.exports.trellis(target + head, source + head, ...layout);
+    return fit ? new Uint8Array(buffer, target, size) : null;
   }
 
   /**

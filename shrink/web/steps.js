@@ -16,6 +16,7 @@ const BYTE_STEPS = new Map([
   ["planes.1", planes],
   ["sparse.1", sparse],
   ["rans.1", later("rans")],
+  ["trellis.1", later("trellis")],
 ]);
 const VALUE_STEPS = new Map([
   ["cast.1", cast],

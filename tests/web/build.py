@@ -58,7 +58,7 @@ CODEC = Wasm(
     ),
     zstd=True,
 )
-RANS = Wasm(WEB / "rans.wasm", (WEB / "rans.c", WEB / "rans.h"), ("-O2",))
+RANS = Wasm(WEB / "rans.wasm", (WEB / "rans.c", WEB / "rans.h"), ("-Os",))
 ENCODER = Wasm(
     CODERS / "encoder.wasm", (CODERS / "encoder.c", CODERS / "feedback.c", WEB / "rans.h"), ("-O3", "-ffp-contract=off")
 )
