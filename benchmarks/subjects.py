@@ -269,12 +269,10 @@ def _of_zoo(name: str, folder: Path) -> Trial:
     network, _ = given.network(str(found.path), None, (",".join(map(str, (1, *samples.shape[1:]))),))
     wanted = inputs.inputs_of(network)
     own = inputs.Calibration(tuple({wanted[0].name: row[np.newaxis]} for row in samples), "its own")
-    # Tokens of a Keras network are one-hot, which nothing in it tells.
-    told = {"onehot:57": inputs.calibration(wanted, distribution="onehot:57")} if name == "keras-lstm" else {}
     return Trial(
         network,
         network,
-        {_DEFAULT: inputs.calibration(wanted, vocabulary=_vocabulary(network)), **told, "on inputs of its own": own},
+        {_DEFAULT: inputs.calibration(wanted, tokens=inputs.vocabulary(network)), "on inputs of its own": own},
         found.evaluation[:_EVALUATED],
         f"{min(len(found.evaluation), _EVALUATED)} inputs that it was not trained on",
         by_cosine=name == "keras-lstm",
@@ -282,12 +280,6 @@ def _of_zoo(name: str, folder: Path) -> Trial:
 
 
 _EVALUATED = 64
-
-
-def _vocabulary(network: Network) -> dict[str, int]:
-    from shrink.calibrate import layers
-
-    return {layer.input: layer.inputs for layer in layers.layers(network.model) if layer.kind == "embedding"}
 
 
 def _zoo_trial(name: str) -> Callable[[Path], Trial]:

@@ -76,7 +76,7 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
         OutputError: files are missing or cannot be read.
         MissingDependency: onnx is not installed; or there is a folder, and Pillow is not.
     """
-    from shrink.calibrate import inputs, layers
+    from shrink.calibrate import inputs
 
     if network.model.graph is None:
         raise UsageError(
@@ -84,8 +84,6 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
             file=network.model.source.path,
             hint="give an ONNX file, or a network in Python as FILE.py:NAME",
         )
-    # How many tokens there are, where the network looks them up.
-    vocabulary = {layer.input: layer.inputs for layer in layers.layers(network.model) if layer.kind == "embedding"}
     return inputs.calibration(
         inputs.inputs_of(network),
         files=options.calibrate,
@@ -93,7 +91,7 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
         count=options.samples or (_SMALL_SAMPLES if _are_small(network) else _SAMPLES),
         seed=options.seed,
         input_range=inputs.parse_range(options.input_range) if options.input_range is not None else None,
-        vocabulary=vocabulary,
+        tokens=inputs.vocabulary(network),
     )
 
 

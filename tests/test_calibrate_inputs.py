@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from shrink import given as given_network
 from shrink.calibrate import pictures
 from shrink.calibrate.inputs import (
     Calibration,
@@ -26,8 +28,10 @@ from shrink.calibrate.inputs import (
     Input,
     calibration,
     default_distribution,
+    inputs_of,
     parse_distribution,
     parse_range,
+    vocabulary,
 )
 from shrink.calibrate.pictures import Size
 from shrink.errors import BadInput, MissingDependency, OutputError, ShrinkError, UsageError
@@ -320,7 +324,7 @@ def test_a_folder_without_pillow_names_the_extra(tmp_path: Path, monkeypatch: py
 def test_other_inputs_beside_pictures_get_the_usual(tmp_path: Path) -> None:
     saved(tmp_path / "a.png", pixels(16, 24))
     inputs = [Input("t", "int64", (1, 5)), RGB]
-    found = calibration(inputs, files=tmp_path, count=3, vocabulary={"t": 7})
+    found = calibration(inputs, files=tmp_path, count=3, tokens={"t": 7})
     assert found.source == f"tokens:7, 1 picture in {tmp_path.name}"
     assert of(found, "t").shape == (3, 5)
 
@@ -567,7 +571,7 @@ def test_any_text_gives_samples_or_a_usage_error(text: str, kinds: list[tuple[st
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "vocabulary", "expected"),
+    ("dtype", "shape", "tokens", "expected"),
     [
         ("float32", (1, 3, 8, 8), None, "pictures"),
         ("float16", (2, 1, 9, 30), None, "pictures"),
@@ -583,21 +587,51 @@ def test_any_text_gives_samples_or_a_usage_error(text: str, kinds: list[tuple[st
         ("int64", (1, 20), 5000, "tokens:5000"),
         ("int64", (1, 1, 8, 8), 5000, "tokens:5000"),
         ("uint8", (1, 20), 256, "tokens:256"),
+        ("float32", (1, 20, 57), 57, "onehot:57"),
     ],
 )
-def test_defaults_by_shape_and_type(dtype: str, shape: tuple[int, ...], vocabulary: int | None, expected: str) -> None:
+def test_defaults_by_shape_and_type(dtype: str, shape: tuple[int, ...], tokens: int | None, expected: str) -> None:
     wanted = Input("x", dtype, shape)
-    given_by_name = None if vocabulary is None else {"x": vocabulary, "other": 3}
+    given_by_name = None if tokens is None else {"x": tokens, "other": 3}
     assert [str(e) for e in default_distribution([wanted], given_by_name)] == [expected]
-    found = calibration([wanted], count=2, vocabulary=given_by_name)
+    found = calibration([wanted], count=2, tokens=given_by_name)
     assert found.source == expected.replace("pictures", "synthetic pictures")
     assert all(s["x"].shape == shape and s["x"].dtype == dtype for s in found.samples)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ends_in", "expected"),
+    [
+        ((1, 5, 7), "Softmax", {"x": 7}),
+        ((1, 5, 7), "LogSoftmax", {"x": 7}),
+        ((1, 5, 7), "Sigmoid", {}),
+        ((1, 5, 6), "Softmax", {}),
+        ((1, 7), "Softmax", {}),
+    ],
+)
+def test_sequences_as_wide_as_what_a_softmax_gives_are_one_hot(
+    shape: tuple[int, ...], ends_in: str, expected: dict[str, int], tmp_path: Path
+) -> None:
+    make = onnx.helper
+    weights = np.ones((shape[-1], 7), np.float32)
+    nodes = [make.make_node("MatMul", ["x", "w"], ["h"]), make.make_node(ends_in, ["h"], ["y"])]
+    ends = [
+        make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [*shape[:-1], width])
+        for name, width in (("x", shape[-1]), ("y", 7))
+    ]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weights, "w")])
+    path = tmp_path / "model.onnx"
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8), path)
+    network, _ = given_network.network(str(path), None, (",".join(map(str, shape)),))
+    assert vocabulary(network) == expected
+    entries = default_distribution(inputs_of(network), vocabulary(network))
+    assert [str(entry) for entry in entries] == ["onehot:7" if expected else "normal"]
 
 
 @pytest.mark.parametrize("tokens", [0, -5, 257])
 def test_a_vocabulary_that_cannot_be_is_refused(tokens: int) -> None:
     with pytest.raises(UsageError, match=f"tokens:{tokens}"):
-        calibration([Input("x", "uint8", (1, 5))], vocabulary={"x": tokens})
+        calibration([Input("x", "uint8", (1, 5))], tokens={"x": tokens})
 
 
 @pytest.mark.parametrize(

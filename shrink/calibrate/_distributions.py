@@ -136,7 +136,8 @@ def picture_size(shape: Sequence[int]) -> tuple[Size, bool] | None:
 
 
 def default_distribution(inputs: Sequence[Input], vocabulary: Mapping[str, int] | None = None) -> tuple[Entry, ...]:
-    """What the inputs most likely take: pictures, tokens where the vocabulary is known, 0 or 1, or normal numbers.
+    """What the inputs most likely take: pictures, tokens where the vocabulary is known, as numbers or as one of so many
+    that is 1, else 0 or 1, or normal numbers.
 
     Raises UsageError where the tokens do not fit the type of their input.
     """
@@ -147,7 +148,7 @@ def default_distribution(inputs: Sequence[Input], vocabulary: Mapping[str, int] 
         if kind != "b" and picture_size(wanted.shape) is not None and tokens is None:
             return Entry("pictures")
         if kind == "f":
-            return Entry("normal")
+            return Entry("normal") if tokens is None else Entry("onehot", (tokens,), tokens)
         if tokens is None:
             return Entry("integers", (0, 1))
         (found,) = parse_distribution(f"tokens:{tokens}")

@@ -23,9 +23,12 @@ from shrink.calibrate._distributions import (
     parse_distribution,
     picture_size,
 )
+from shrink.calibrate.layers import layers
 from shrink.calibrate.pictures import F32, from_folder, in_folder, synthetic
 from shrink.errors import UsageError, printable
+from shrink.export import Network
 from shrink.files import is_folder
+from shrink.formats._onnx_proto import parse
 
 __all__ = [
     "AT_MOST",
@@ -40,6 +43,7 @@ __all__ = [
     "parse_distribution",
     "parse_range",
     "samples_in",
+    "vocabulary",
 ]
 
 Array = NDArray[Any]
@@ -71,7 +75,7 @@ def calibration(
     count: int = 64,
     seed: int = 0,
     input_range: tuple[float, float] | None = None,
-    vocabulary: Mapping[str, int] | None = None,
+    tokens: Mapping[str, int] | None = None,
 ) -> Calibration:
     """`count` samples for a network with these inputs, the same for the same arguments.
 
@@ -80,7 +84,8 @@ def calibration(
     `default_distribution` says; so do the other inputs where a folder has pictures for one.
 
     `input_range` is what black and white are to the network, for pictures of both kinds: (0, 1) where it is None, and
-    for integers the range of bytes of their sign. `vocabulary` has the number of tokens by the name of an input.
+    for integers the range of bytes of their sign. `tokens` has the number of tokens by the name of an input, which
+    `vocabulary` finds.
 
     Raises:
         UsageError: arguments that make no sense, or do not fit the inputs.
@@ -100,7 +105,7 @@ def calibration(
         return _with_added(_of_arrays(inputs, files, count), inputs, seed)
     entries_of: list[tuple[Entry, ...]]
     if distribution is None:
-        entries_of = [(entry,) for entry in default_distribution(inputs, vocabulary)]
+        entries_of = [(entry,) for entry in default_distribution(inputs, tokens)]
     else:
         entries_of = given_out(parse_distribution(distribution), inputs)
     is_pictures = [entries[0].kind == "pictures" for entries in entries_of]
@@ -126,6 +131,24 @@ def calibration(
     samples = tuple({i.name: c[n] for i, c in zip(inputs, columns, strict=True)} for n in range(count))
     made = Calibration(samples, (", " if any(is_pictures) else ",").join(said))
     return made if folder is None else _with_added(made, inputs, seed)
+
+
+def vocabulary(network: Network) -> dict[str, int]:
+    """How many tokens there are, by the name of an input: where the network looks them up, and where it most likely
+    takes texts of them with a 1 in the place of each. Those are sequences of as many numbers as the network's softmax
+    gives shares, as in one that guesses the next letter.
+    """
+    graph = parse(network.model.graph or b"", network.model.source.path).graph
+    softmaxed = {name for node in graph.node if node.op_type in ("Softmax", "LogSoftmax") for name in node.output}
+    ends = [list(output.type.tensor_type.shape.dim) for output in graph.output if output.name in softmaxed]
+    shares = {dimensions[-1].dim_value for dimensions in ends if dimensions} - {0, 1}
+    one_hot = {
+        wanted.name: wanted.shape[-1]
+        for wanted in inputs_of(network)
+        if len(wanted.shape) == 3 and wanted.shape[-1] in shares and np.dtype(wanted.dtype).kind == "f"
+    }
+    looked_up = {layer.input: layer.inputs for layer in layers(network.model) if layer.kind == "embedding"}
+    return {**one_hot, **looked_up}
 
 
 def _with_added(made: Calibration, inputs: Sequence[Input], seed: int) -> Calibration:
