@@ -47,6 +47,8 @@ __all__ = ["quantize_command"]
 
 CALIBRATED = "calibrated"
 _PSNR_AT_MOST = 150.0
+# So much less on other pictures is worth a word.
+_MUCH_DB = 3.0
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,7 @@ def _facts(done: Quantizing, calibration: Calibration) -> dict[str, Any]:
         "mean_psnr_db": finite_or_none(quality.mean_psnr_db),
         "worst_psnr_db": finite_or_none(quality.worst_psnr_db),
         "cosine": quality.cosine,
+        "synthetic_psnr_db": finite_or_none(done.elsewhere.psnr_db) if done.elsewhere else None,
         "calibration": {"source": calibration.source, "samples": len(calibration.samples), "held_out": done.held_out},
         "layers": [{**dataclasses.asdict(layer), "shape": list(layer.shape)} for layer in done.result.layers],
     }
@@ -285,6 +288,11 @@ def _said(done: Quantizing, calibration: Calibration, made_up: bool) -> list[str
         lines.append(f"Calibrated on {used} samples{also}, measured on {done.held_out} others ({source}).")
     else:
         lines.append(f"Calibrated and measured on one sample ({source}): give more to know how it does on others.")
+    if done.elsewhere is not None and done.elsewhere.psnr_db < quality.psnr_db - _MUCH_DB:
+        lines.append(
+            f"On synthetic pictures it keeps {_decibels(done.elsewhere.psnr_db)} only: --calibrate on every kind of "
+            "picture that it will see."
+        )
     if made_up:
         lines.append("These inputs are made up: give your own with --calibrate to be sure, and for a smaller file.")
     if done.resumed:

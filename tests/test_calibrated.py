@@ -482,3 +482,36 @@ def test_never_worse_than_int8_at_its_size(name: str, request: pytest.FixtureReq
     theirs = psnr_of(subject, {name: entry.array for name, entry in int8.items()})
     # An LSTM makes much of little: it is measured on few sentences, and best by less.
     assert ours >= theirs + (0 if "lstm" in name else 3), (ours, theirs)
+
+
+def pooled(positions: int) -> Odd:
+    """The mean over positions of a dense layer, where all positions of a sample have nearly the same inputs."""
+
+    def sample(number: int) -> Values:
+        same, own = normal(1, 1, 12, seed=number), normal(1, positions, 12, seed=number, scale=0.1)
+        return {"x": same + own}
+
+    return Odd(
+        f"pooled {positions}",
+        [node("MatMul", "x w", "h"), node("ReduceMean", "h", "y", axes=[1], keepdims=0)],
+        {"w": normal(12, 20)},
+        {"x": ([1, positions, 12], "f4")},
+        samples=sample,
+        count=40,
+    )
+
+
+def test_errors_that_add_up_over_positions_are_weighed(tmp_path: Path) -> None:
+    """Gradients, which take positions one by one, do not know of it; what the layer costs when it alone is rounded tells.
+    Whatever the number of positions, the bound is met at the same bits."""
+    found = []
+    for positions in (1, 16):
+        odd = pooled(positions)
+        network = odd.network(tmp_path)
+        result = Calibrator(network, odd.calibration(network), ["w"]).at(0.004)
+        found.append((result.quality.psnr_db, result.layers[0].bits_per_weight, result.layers[0].sensitivity))
+    (one_db, one_bits, one_cost), (many_db, many_bits, many_cost) = found
+    assert one_db > 45
+    assert many_db == pytest.approx(one_db, abs=3)
+    assert many_bits == pytest.approx(one_bits, abs=0.6)
+    assert many_cost == pytest.approx(one_cost, rel=0.5)

@@ -126,6 +126,22 @@ def test_json_tells_everything(tmp_path: Path) -> None:
         assert error == pytest.approx(tensor.get("max_error", 0), rel=1e-6)
 
 
+def test_it_says_when_other_pictures_do_worse(tmp_path: Path) -> None:
+    """Calibrated on pictures that hardly vary, and used on others: the number is that of the synthetic pictures."""
+    zoo = ZOO["upscaler"]
+    flat = np.linspace(0.2, 0.8, 24, dtype="f4").reshape(-1, 1, 1, 1) + np.zeros((1, *zoo.calibration.shape[1:]), "f4")
+    np.savez(tmp_path / "flat.npz", flat + np.linspace(0, 0.01, flat.shape[-1], dtype="f4"))
+    line = ("--mode", "calibrated", "--calibrate", tmp_path / "flat.npz", "--step", 0.02)
+    said = result(run("quantize", zoo.path, *line, "-o", tmp_path / "a.safetensors", "--json"))
+    assert said["synthetic_psnr_db"] < said["psnr_db"] - 3
+    outcome = run("quantize", zoo.path, *line, "-o", tmp_path / "b.safetensors")
+    assert f"On synthetic pictures it keeps {said['synthetic_psnr_db']:.2f} dB only" in outcome.stdout
+    alike = result(
+        run("quantize", zoo.path, "--mode", "calibrated", "--step", 0.02, "-o", tmp_path / "c.safetensors", "--json")
+    )
+    assert alike["synthetic_psnr_db"] is None
+
+
 def test_the_size_is_kept_and_used(tmp_path: Path) -> None:
     outcome, output = calibrate(RESIDUAL, tmp_path, "--max-mb", 0.013, "--json", count=16)
     said = result(outcome)

@@ -127,8 +127,9 @@ class Calibrator:
         self._types = {name: value.dtype for name, value in calibration.samples[0].items()}
         samples = [dict(sample) for sample in calibration.samples]
         self._checks, self._fits = parted(samples, seed)
-        self._fits = _mixed(self._fits, [dict(sample) for sample in calibration.added])
-        self.outputs = self._run_checks()
+        self._added = [dict(sample) for sample in calibration.added]
+        self._fits = _mixed(self._fits, self._added)
+        self.outputs = self._run(self._checks)
         self.peaks = peaks_of(self.outputs)
         for output in self.outputs:
             if not all(np.isfinite(output[name]).all() for name in self.peaks):
@@ -185,13 +186,24 @@ class Calibrator:
         return self.quality_now()
 
     def quality_now(self) -> Quality:
-        return measured(self.outputs, self._run_checks(), self.peaks)
+        return measured(self.outputs, self._run(self._checks), self.peaks)
+
+    def quality_elsewhere(self, result: Result) -> Quality | None:
+        """How the network does on the synthetic pictures beside the samples, which may be of other kinds than these."""
+        if not self._added:
+            return None
+        for name, values in self._original.items():
+            self._graph.put(name, values)
+        before = self._run(self._added)
+        for name, entry in result.entries.items():
+            self._graph.put(name, entry.array)
+        return measured(before, self._run(self._added), self.peaks)
 
     # ---- what is known before anything is quantized
 
-    def _run_checks(self) -> list[Values]:
+    def _run(self, samples: Sequence[Values]) -> list[Values]:
         program = self._graph.program(self._types, self._graph.outputs)
-        return [program.run(sample) for sample in self._checks]
+        return [program.run(sample) for sample in samples]
 
     def _references(self) -> list[Values]:
         """What goes into each layer of the original network, for as many samples as there is room for."""
@@ -247,7 +259,7 @@ class Calibrator:
         return min(max(found / expected, 1.0), _WEIGHED_AT_MOST) if math.isfinite(found) else 1.0
 
     def _cost_of_all(self) -> float:
-        found = [cost(a, b, self.peaks) for a, b in zip(self.outputs, self._run_checks(), strict=True)]
+        found = [cost(a, b, self.peaks) for a, b in zip(self.outputs, self._run(self._checks), strict=True)]
         return math.fsum(found) / len(found)
 
     def _by_noise(self, layer: Layer) -> F64:

@@ -12,6 +12,7 @@ from shrink import recipe as recipes
 from shrink.calibrate import search
 from shrink.calibrate.calibrated import Calibrator, Result
 from shrink.calibrate.inputs import Calibration
+from shrink.calibrate.quality import Quality
 from shrink.calibrate.resuming import Store, identity_of
 from shrink.errors import BoundNotMet, UsageError
 from shrink.export import Network
@@ -87,13 +88,15 @@ def chosen_of(
 
 @dataclass(frozen=True)
 class Quantizing:
-    """The result, the passes that it took, the samples it was measured on alone, and how many layers were there."""
+    """The result, the passes that it took, the samples it was measured on alone, how many layers were there, and how
+    the result does on synthetic pictures where the samples are the user's own."""
 
     result: Result
     passes: int
     held_out: int
     resumed: int
     store: Store
+    elsewhere: Quality | None = None
 
 
 def quantized(
@@ -157,7 +160,7 @@ def quantized(
             found, number = search.best_within(at, size, target.max_bytes or 0, calibrator.weights)
     if not isinstance(found, Result):
         raise TypeError(type(found))
-    return Quantizing(found, number, calibrator.held_out, store.found, store)
+    return Quantizing(found, number, calibrator.held_out, store.found, store, calibrator.quality_elsewhere(found))
 
 
 @contextlib.contextmanager
