@@ -502,8 +502,8 @@ def pooled(positions: int) -> Odd:
 
 
 def test_errors_that_add_up_over_positions_are_weighed(tmp_path: Path) -> None:
-    """Gradients, which take positions one by one, do not know of it; what the layer costs when it alone is rounded tells.
-    Whatever the number of positions, the bound is met at the same bits."""
+    """Gradients take positions one by one and do not know of it; what the layer costs when it alone is rounded tells.
+    Whatever the number of positions, the same bits keep the same accuracy."""
     found = []
     for positions in (1, 16):
         odd = pooled(positions)
@@ -511,7 +511,7 @@ def test_errors_that_add_up_over_positions_are_weighed(tmp_path: Path) -> None:
         result = Calibrator(network, odd.calibration(network), ["w"]).at(0.004)
         found.append((result.quality.psnr_db, result.layers[0].bits_per_weight, result.layers[0].sensitivity))
     (one_db, one_bits, one_cost), (many_db, many_bits, many_cost) = found
-    assert one_db > 45
+    assert one_db > 40
     assert many_db == pytest.approx(one_db, abs=3)
     assert many_bits == pytest.approx(one_bits, abs=0.6)
     assert many_cost == pytest.approx(one_cost, rel=0.5)
