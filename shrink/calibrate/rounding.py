@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from shrink.calibrate.layout import Layout
 from shrink.coders.wasm import PRICES, WIDEST, Feedback
+from shrink.errors import MissingDependency
 from shrink.steps import half_octaves, trellised
 
 __all__ = ["NEAREST", "PRICED", "Coding", "Rounded", "damped", "rounded", "steadied", "targets", "without_means"]
@@ -124,13 +125,21 @@ def targets(matrix: F32, h: F64, cross: F64, ridge: float, extra: NDArray[np.boo
     mean = np.einsum("gii->gi", h).mean(axis=1)[:, None, None]
     # What was added pulls towards the original weights, not towards 0.
     right = cross + ridge / (1 + ridge) * mean * matrix
-    solved: F64 = np.linalg.solve(h, right.swapaxes(1, 2)).swapaxes(1, 2)
+    solved: F64 = np.stack([_solved(one.copy(), wanted) for one, wanted in zip(h, right, strict=True)])
     for k in np.flatnonzero(extra.any(axis=(1, 2))):
         solved[k] = 0
         for rows, places in _patterns(extra[k]):
-            own = np.linalg.solve(h[k][np.ix_(places, places)], right[k][np.ix_(rows, places)].T)
-            solved[k][np.ix_(rows, places)] = own.T
+            at = np.ix_(rows, places)
+            solved[k][at] = _solved(h[k][np.ix_(places, places)], right[k][at])
     return solved
+
+
+def _solved(h: F64, right: F64) -> F64:
+    """X of X h = right; `h` is used up."""
+    from scipy.linalg import cho_solve  # type: ignore[import-untyped]
+
+    solution: F64 = cho_solve((_root(h), True), right.T, check_finite=False).T
+    return solution
 
 
 def rounded(
@@ -331,16 +340,28 @@ def _factors(moments: F64, order: NDArray[np.intp] | None = None) -> _Factors:
 
 
 def _root(moments: F64) -> NDArray[np.floating]:
-    """The lower triangular root; of a little more than the matrix where its own errors make it indefinite."""
+    """The lower triangular root, in the place of the matrix: the widest take 1 GB already.
+
+    It is that of a little more than the matrix where its own errors make it indefinite.
+    """
+    try:
+        from scipy.linalg import LinAlgError, cholesky
+    except ImportError:
+        raise MissingDependency("scipy", "calibrate") from None
     diagonal = np.diag(moments).copy()
     more = _FLOAT32_NOISE
+    # LAPACK takes columns for what NumPy has as rows. It leaves the other triangle as it is.
+    turned = moments.T
     while True:
         try:
-            return np.linalg.cholesky(moments)
-        except np.linalg.LinAlgError:
+            root: NDArray[np.floating] = cholesky(turned, lower=True, overwrite_a=True, check_finite=False)
+            return root
+        except LinAlgError:
             if more > 1e6:
                 raise
-            np.fill_diagonal(moments, diagonal + more * np.abs(diagonal).max())
+            for row in range(1, len(turned)):
+                turned[row, :row] = turned[:row, row]
+            np.fill_diagonal(turned, diagonal + more * np.abs(diagonal).max())
             more *= 10
 
 
