@@ -66,7 +66,7 @@ _HEADER_COST = 100
 _BLOB_AT_MOST = 1 << 28
 # The largest packed header that is written and believed, deflated or not. What JSON becomes in memory is many times its
 # size, and what is deflated need not bring the bytes.
-_PACKED_AT_MOST = 1 << 24
+_PACKED_AT_MOST = 1 << 20
 # A file is packed where that takes one byte of so many away: other readers see less of it then.
 _WORTH_PACKING = 64
 

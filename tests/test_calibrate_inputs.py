@@ -602,22 +602,25 @@ def test_defaults_by_shape_and_type(dtype: str, shape: tuple[int, ...], tokens: 
 @pytest.mark.parametrize(
     ("shape", "ends_in", "expected"),
     [
-        ((1, 5, 7), "Softmax", {"x": 7}),
-        ((1, 5, 7), "LogSoftmax", {"x": 7}),
-        ((1, 5, 7), "Sigmoid", {}),
-        ((1, 5, 6), "Softmax", {}),
-        ((1, 7), "Softmax", {}),
+        ((1, 5, 27), "Softmax", {"x": 27}),
+        ((1, 5, 27), "LogSoftmax", {"x": 27}),
+        ((1, 5, 27), "Sigmoid", {}),
+        ((1, 5, 26), "Softmax", {}),
+        ((1, 27), "Softmax", {}),
+        # Ten readings of ten sensors, and ten classes.
+        ((1, 10, 10), "Softmax", {}),
     ],
 )
 def test_sequences_as_wide_as_what_a_softmax_gives_are_one_hot(
     shape: tuple[int, ...], ends_in: str, expected: dict[str, int], tmp_path: Path
 ) -> None:
     make = onnx.helper
-    weights = np.ones((shape[-1], 7), np.float32)
+    width = 27 if shape[-1] > 20 else 10
+    weights = np.ones((shape[-1], width), np.float32)
     nodes = [make.make_node("MatMul", ["x", "w"], ["h"]), make.make_node(ends_in, ["h"], ["y"])]
     ends = [
-        make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [*shape[:-1], width])
-        for name, width in (("x", shape[-1]), ("y", 7))
+        make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [*shape[:-1], last])
+        for name, last in (("x", shape[-1]), ("y", width))
     ]
     graph = make.make_graph(nodes, "g", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weights, "w")])
     path = tmp_path / "model.onnx"
@@ -625,7 +628,7 @@ def test_sequences_as_wide_as_what_a_softmax_gives_are_one_hot(
     network, _ = given_network.network(str(path), None, (",".join(map(str, shape)),))
     assert vocabulary(network) == expected
     entries = default_distribution(inputs_of(network), vocabulary(network))
-    assert [str(entry) for entry in entries] == ["onehot:7" if expected else "normal"]
+    assert [str(entry) for entry in entries] == ["onehot:27" if expected else "normal"]
 
 
 @pytest.mark.parametrize("tokens", [0, -5, 257])

@@ -46,6 +46,7 @@ def stored(folder: Path, identity: str = "one") -> Store:
     store = Store(folder, identity)
     store.keep("key", (RESULT, entries()))
     store.keep_gradients({"a/b": np.eye(3)[None], "../../c": np.ones((2, 1, 1)), "file": np.zeros((1, 2, 2))})
+    store.keep_weights({"a/b": 2.5, "../../c": 1.0})
     return store
 
 
@@ -65,6 +66,7 @@ def test_what_is_kept_is_found(tmp_path: Path) -> None:
     found = store.layer("key")
     gradients = store.gradients()
     assert gradients is not None
+    assert store.weights() == {"a/b": 2.5, "../../c": 1.0}
     store.clear()
     # What was found lives on without its file.
     assert not folder.exists()
@@ -74,6 +76,7 @@ def test_what_is_kept_is_found(tmp_path: Path) -> None:
     np.testing.assert_array_equal(gradients["a/b"], np.eye(3)[None])
     assert store.layer("key") is None
     assert store.gradients() is None
+    assert store.weights() == {}
 
 
 def test_nothing_is_found_under_other_names(tmp_path: Path) -> None:
@@ -82,6 +85,7 @@ def test_nothing_is_found_under_other_names(tmp_path: Path) -> None:
     assert Store(tmp_path / "elsewhere", "one").layer("key") is None
     assert Store(None, "one").layer("key") is None
     assert Store(None, "one").gradients() is None
+    assert Store(None, "one").weights() == {}
     Store(None, "one").clear()
 
 
@@ -92,6 +96,7 @@ def test_work_of_another_kind_is_thrown_away_and_nothing_else_is(tmp_path: Path)
     other = Store(folder, "two")
     assert other.layer("key") is None
     assert other.gradients() is None
+    assert other.weights() == {}
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
     other.keep("key", (RESULT, entries()))
     check_layer(Store(folder, "two").layer("key"))
@@ -147,6 +152,10 @@ def test_damaged_files_are_done_again(tmp_path: Path) -> None:
             # The archive has checksums for values, and names twice.
             np.testing.assert_array_equal(read["a/b"], np.eye(3)[None])
             assert set(read) == {"a/b", "../../c", "file"}
+    weights = folder / "weights.json"
+    for data in [*damages(weights.read_bytes())[:9], b"[1]", b'["one", {"a": true}]', b'["one", [2.0]]', b"[" * 9999]:
+        weights.write_bytes(data)
+        assert Store(folder, "one").weights() == {}
 
 
 def test_identity_is_that_of_all_that_matters() -> None:

@@ -267,11 +267,27 @@ def test_rounding_noise_where_the_mean_is_all_there_is() -> None:
         assert np.isfinite(rounded(aim, nowhere(aim), known, np.eye(5)[None], 0.1, matrix_layout(5, 60)).values).all()
 
 
-def test_an_indefinite_matrix_is_taken_for_the_nearest_that_is_not() -> None:
-    h = np.array([[[1.0, 1.0 + 1e-4], [1.0 + 1e-4, 1.0]]])
-    w = np.array([[[1.0, -2.0]]])
-    made = rounded(w, nowhere(w), h, np.eye(1)[None], 0.01, matrix_layout(1, 2))
-    assert abs(float((made.values - w).sum())) < 0.1
+@pytest.mark.parametrize("size", [2, 3, 65, 300])
+def test_an_indefinite_matrix_is_taken_for_the_nearest_that_is_not(size: int) -> None:
+    """What is off its diagonal stays as it was: equal inputs can still take each other's errors back."""
+    h = np.ones((1, size, size)) + np.eye(size) * 1e-9
+    h[0, 0, 1:] = h[0, 1:, 0] = 1 + 1e-4
+    assert np.linalg.eigvalsh(h[0]).min() < 0
+    w = np.random.default_rng(size).standard_normal((1, 1, size))
+    made = rounded(w, nowhere(w), h, np.eye(1)[None], 0.1, one_step(1, size))
+    # Were each rounded by itself, it would be the root of their number, over 12, times the step.
+    assert abs(float((made.values - w).sum())) < 0.8 * made.row_steps.max()
+
+
+def test_aims_with_an_indefinite_matrix_stay_by_the_weights() -> None:
+    rng = np.random.default_rng(12)
+    x = rng.standard_normal((40, 10))
+    h = (x @ x.T / 10)[None]
+    h -= 2e-6 * np.trace(h[0]) / 40 * np.eye(40)
+    assert np.linalg.eigvalsh(h[0]).min() < 0
+    w = rng.standard_normal((1, 6, 40)).astype("f4")
+    found = targets(w, h, w @ h, 0.0, nowhere(w))
+    np.testing.assert_allclose(found @ x, w @ x, atol=0.02)
 
 
 def found_layers(folder: Path) -> list[tuple[str, Layer]]:
@@ -334,7 +350,7 @@ def test_stored_values_are_those_of_the_trellis(tmp_path: Path) -> None:
         h = moments(rng, layer.groups, layer.inputs, layer.inputs // 2 + 1)
         g = moments(rng, layer.groups, layer.outputs, layer.outputs // 2 + 1)
         known: Any = np.diagonal(h, axis1=1, axis2=2) if layer.diagonal else h
-        for base in (0.5, 0.05, 1e-5):
+        for base in (0.5, 0.05, 2e-3):
             made = rounded(w, extra, known, g, base, place, coding=PRICED)
             if made.trellis:
                 kinds.add(layer.kind)
@@ -380,10 +396,31 @@ def test_few_bits_go_without_a_trellis() -> None:
     assert not rounded(w, nowhere(w), h, g, 0.05, one_step(20, 30), coding=PRICED).trellis
 
 
+@pytest.mark.parametrize("base", [1e-3, 3e-4, 1e-4, 1e-6])
+def test_fine_steps_use_the_whole_range_of_codes(base: float) -> None:
+    """Where rows have to take wider steps for it, codes of a trellis would be no help."""
+    rng = np.random.default_rng(10)
+    w = rng.standard_normal((1, 10, 64))
+    w[0, :, 0] *= 300
+    h, g = moments(rng, 1, 64, 64), moments(rng, 1, 10, 10)
+    nearest, priced = (
+        rounded(w, nowhere(w), h, g, base, matrix_layout(10, 64), coding=coding) for coding in (NEAREST, PRICED)
+    )
+    assert cost(priced.values - w, h, g) < 1.5 * cost(nearest.values - w, h, g)
+    assert np.abs(priced.codes).max() < 1 << (14 if priced.trellis else 15)
+
+
 def test_codes_too_large_for_a_trellis_are_rounded_without() -> None:
-    """Nearly equal inputs: what one is off by, another has to take back many times over."""
-    x = np.array([[1.0, 1.0], [0.0, 1e-5]])
-    h, w = (x.T @ x)[None], np.array([[[1.0, 15000.0]]])
-    made = rounded(w, nowhere(w), h, np.eye(1)[None], 1.0, matrix_layout(1, 2), coding=PRICED)
-    assert np.abs(made.codes).max() < 1 << 15
+    """Where most codes are small but feedback makes one too large for what a trellis can store."""
+    x = np.array([[1.0, 1.0, 0.5], [0.0, 1e-5, 0.0], [0.3, 0.2, 1.0]])
+    h, w = (x.T @ x)[None], np.array([[[1.0, 15000.0, 3.0]]])
+    made = rounded(w, nowhere(w), h, np.eye(1)[None], 1e-3, matrix_layout(1, 3), coding=PRICED)
+    assert np.abs(made.codes).max() < 1 << (14 if made.trellis else 15)
     assert np.isfinite(made.values).all()
+
+
+def test_one_large_code_does_not_ask_for_a_trellis() -> None:
+    w = np.zeros((1, 8, 12))
+    w[0, 3, 4] = 1000.0
+    made = rounded(w, nowhere(w), np.eye(12)[None], np.eye(8)[None], 1.0, matrix_layout(8, 12), coding=PRICED)
+    assert not made.trellis

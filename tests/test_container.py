@@ -148,7 +148,7 @@ def test_packed_is_chosen_by_size(tmp_path: Path) -> None:
 
 
 def test_a_header_too_large_to_be_believed_is_not_packed(tmp_path: Path) -> None:
-    steps = (Step("codebook.1", {"table": "eightbit", "scale": 0.1, "note": "a" * (1 << 24)}),)
+    steps = (Step("codebook.1", {"table": "eightbit", "scale": 0.1, "note": "a" * (1 << 20)}),)
     data = written(tmp_path, [Quantized.of("W", DTYPES["F32"], (3,), steps, b"abc")])
     assert not containers.is_packed(data)
     assert contents(tmp_path, data)[0][0][0] == "W"

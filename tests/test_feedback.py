@@ -194,3 +194,9 @@ def test_weights_far_beyond_the_steps_overflow_nothing(states: NDArray[np.uint8]
     )
     assert abs(codes).max() <= 10**9 + 1
     assert np.isfinite(errors).all()
+
+
+def test_more_columns_than_a_trellis_takes_at_once_are_refused() -> None:
+    n = WIDEST + 1
+    with pytest.raises(ValueError, match="65 columns"):
+        through(np.zeros((1, n)), np.eye(n))

@@ -25,7 +25,7 @@ from shrink.calibrate.layers import Layer
 from shrink.calibrate.layout import Layout, layout, one_axis
 from shrink.calibrate.quality import Quality, cost, measured, peaks_of
 from shrink.calibrate.resuming import Store
-from shrink.calibrate.rounding import PRICED, Rounded, damped, rounded, steadied, targets, without_means
+from shrink.calibrate.rounding import LARGEST_CODE, PRICED, Rounded, damped, rounded, steadied, targets, without_means
 from shrink.calibrate.running import Graph
 from shrink.errors import BadInput, UsageError
 from shrink.export import Network
@@ -56,6 +56,8 @@ _LARGE_OUTPUT, _LARGE_SAMPLES, _LARGE_PROBES = 4096, 8, 1
 _SAMPLES = 64
 # The step at which each layer is rounded alone, to see what it costs, and the most that this is taken to change.
 _WEIGHED_AT, _WEIGHED_AT_MOST = 2.0**-7, 32.0
+# How far preparing is, in per cent, when each of its parts begins.
+_PREPARING = (0, 10, 30, 100)
 # The values kept of all layers' inputs, once as they were and once as they are.
 _HELD_BYTES = 300_000_000
 # The most that is taken off a weight that seems to have no effect.
@@ -87,7 +89,8 @@ class Calibrator:
 
     `chosen` are the tensors to quantize, `fixed` those that nothing may change, be they biases. `store` remembers
     finished layers. `effort` is the coder's. `keep_quantized`: weights of 8 bits with one scale per output channel,
-    which an ONNX file holds, instead of entropy-coded.
+    which an ONNX file holds, instead of entropy-coded. `weighed`: each layer is rounded alone first, to see what it
+    costs.
 
     Raises:
         UsageError: the model has no graph.
@@ -106,6 +109,7 @@ class Calibrator:
         progress: Progress = silent,
         store: Store | None = None,
         keep_quantized: bool = False,
+        weighed: bool = True,
         fixed: frozenset[str] = frozenset(),
     ):
         self.network, self.source = network, calibration.source
@@ -127,8 +131,6 @@ class Calibrator:
         self._types = {name: value.dtype for name, value in calibration.samples[0].items()}
         samples = [dict(sample) for sample in calibration.samples]
         self._checks, self._fits = parted(samples, seed)
-        self._added = [dict(sample) for sample in calibration.added]
-        self._fits = _mixed(self._fits, self._added)
         self.outputs = self._run(self._checks)
         self.peaks = peaks_of(self.outputs)
         for output in self.outputs:
@@ -136,14 +138,24 @@ class Calibrator:
                 raise BadInput("its outputs on the calibration inputs are not finite", file=self._graph.file)
         if not self.peaks:
             raise UsageError("the network puts out no numbers to measure", file=self._graph.file)
+        added = [dict(sample) for sample in calibration.added]
+        run = zip(added, self._run(added), strict=True)
+        # Made-up pictures may be more than the network can take.
+        sound = [(x, y) for x, y in run if all(np.isfinite(y[name]).all() for name in self.peaks)]
+        self._added, self._added_outputs = [x for x, _ in sound], [y for _, y in sound]
+        self._fits = _mixed(self._fits, self._added)
         self._reference = self._references()
         self.weights = sum(math.prod(layer.shape) for layer in self._layers) + sum(e.size for e in self._others)
         """The number of weights that are quantized."""
         self._g = self._gradients()
-        for layer in self._layers:
-            self._g[layer.tensor] = self._g[layer.tensor] * self._weight(layer)
+        weights = self._store.weights() if weighed else {}
+        for layer in self._layers if weighed else ():
+            if layer.tensor not in weights:
+                weights[layer.tensor] = self._weight(layer)
+                self._store.keep_weights(weights)
+            self._g[layer.tensor] = self._g[layer.tensor] * weights[layer.tensor]
         self.held_out = len(self._checks) if len(samples) > 1 else 0
-        """The samples that it is not calibrated on, but measured."""
+        """The samples that no weight is fitted to: they tell how fine each layer's steps are to be, and measure."""
 
     def at(self, step: float) -> Result:
         """The network with steps such that the output's error would be `step`, as a share of the peak (its root mean
@@ -189,15 +201,15 @@ class Calibrator:
         return measured(self.outputs, self._run(self._checks), self.peaks)
 
     def quality_elsewhere(self, result: Result) -> Quality | None:
-        """How the network does on the synthetic pictures beside the samples, which may be of other kinds than these."""
+        """How the network does on the synthetic pictures beside the samples, which may be of other kinds than these.
+
+        It is calibrated on them: on others it does rather worse. None where there are none.
+        """
         if not self._added:
             return None
         for name, values in self._original.items():
-            self._graph.put(name, values)
-        before = self._run(self._added)
-        for name, entry in result.entries.items():
-            self._graph.put(name, entry.array)
-        return measured(before, self._run(self._added), self.peaks)
+            self._graph.put(name, result.entries[name].array if name in result.entries else values)
+        return measured(self._added_outputs, self._run(self._added), self.peaks)
 
     # ---- what is known before anything is quantized
 
@@ -211,7 +223,7 @@ class Calibrator:
         program = self._graph.program(self._types, needs)
         out: list[Values] = []
         for number, sample in enumerate(self._fits):
-            self._progress("inputs of layers", number, len(self._fits))
+            self._prepared("inputs of layers", 0, number / len(self._fits))
             out.append({**program.run(sample), **{name: sample[name] for name in needs if name in sample}})
             held = sum(value.nbytes for value in out[0].values())
             if (len(out) + 1) * held > _HELD_BYTES:
@@ -229,7 +241,7 @@ class Calibrator:
         samples, probes = (self._fits[:_LARGE_SAMPLES], _LARGE_PROBES) if large else (self._fits[:_SAMPLES], _PROBES)
 
         def on_sample(number: int) -> None:
-            self._progress("gradients", number, len(samples))
+            self._prepared("gradients", 1, number / len(samples))
 
         found = sensitivity.by_gradients(
             self._graph, self._layers, samples, self.peaks, probes=probes, seed=self._seed, on_sample=on_sample
@@ -242,21 +254,22 @@ class Calibrator:
 
     def _weight(self, layer: Layer) -> float:
         """How much more the layer costs than its gradients say: by what the network loses when it alone is rounded."""
-        self._progress(f"weighing {layer.tensor}", self._layers.index(layer), len(self._layers))
-        key = f"alone {layer.tensor}"
-        made = self._store.layer(key)
-        if made is None:
-            known = [{**sample, **before} for sample, before in zip(self._fits, self._reference, strict=True)]
-            made = self._layer(layer, _WEIGHED_AT * math.sqrt(12 / self.weights), known)
-            self._store.keep(key, made)
-        for name, entry in made[1].items():
+        self._prepared(f"weighing {layer.tensor}", 2, self._layers.index(layer) / len(self._layers))
+        known = [{**sample, **before} for sample, before in zip(self._fits, self._reference, strict=True)]
+        _, made = self._layer(layer, _WEIGHED_AT * math.sqrt(12 / self.weights), known)
+        for name, entry in made.items():
             self._graph.put(name, entry.array)
         found = self._cost_of_all()
-        for name in made[1]:
+        for name in made:
             self._graph.put(name, self._original[name])
         expected = _WEIGHED_AT**2 * math.prod(layer.shape) / self.weights
         # Less is not believed: what a layer gets wrong alone, those after it would have made good, or have to.
-        return min(max(found / expected, 1.0), _WEIGHED_AT_MOST) if math.isfinite(found) else 1.0
+        return min(max(found / expected, 1.0), _WEIGHED_AT_MOST) if math.isfinite(found) else _WEIGHED_AT_MOST
+
+    def _prepared(self, name: str, part: int, share: float) -> None:
+        """Of all that comes before the first pass, weighing takes longest."""
+        begin, end = _PREPARING[part : part + 2]
+        self._progress(name, int(begin + (end - begin) * share), _PREPARING[-1])
 
     def _cost_of_all(self) -> float:
         found = [cost(a, b, self.peaks) for a, b in zip(self.outputs, self._run(self._checks), strict=True)]
@@ -400,7 +413,7 @@ class Calibrator:
         per_weight = self._noise_cost(entry.name, None, 1)
         largest = float(np.abs(x).max()) or 1.0
         step = min(base / math.sqrt(per_weight), largest / _COARSEST) if per_weight > 0 else largest / _COARSEST
-        most = _INT8 if self._keep else 32000
+        most = _INT8 if self._keep else LARGEST_CODE
         step = float(np.float32(max(step, largest / most, float(np.finfo(np.float32).tiny))))
         codes = np.rint(x / step).astype(np.int32).reshape(x.shape[0], -1)
         rows, columns = (np.zeros(n, np.int8) for n in codes.shape)

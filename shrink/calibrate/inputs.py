@@ -51,6 +51,8 @@ Array = NDArray[Any]
 _BYTES_AT_MOST = 1 << 31
 # Synthetic pictures beside the user's own: a quarter of all, where these are the usual 64 of which 48 are fitted.
 _ADDED = 16
+# Fewer kinds of tokens than this are no alphabet, but classes.
+_LETTERS = 20
 _RANGE_HINT = "write --input-range -1,1 or 0,255"
 
 
@@ -141,11 +143,14 @@ def vocabulary(network: Network) -> dict[str, int]:
     graph = parse(network.model.graph or b"", network.model.source.path).graph
     softmaxed = {name for node in graph.node if node.op_type in ("Softmax", "LogSoftmax") for name in node.output}
     ends = [list(output.type.tensor_type.shape.dim) for output in graph.output if output.name in softmaxed]
-    shares = {dimensions[-1].dim_value for dimensions in ends if dimensions} - {0, 1}
+    shares = {dimensions[-1].dim_value for dimensions in ends if dimensions}
     one_hot = {
         wanted.name: wanted.shape[-1]
         for wanted in inputs_of(network)
-        if len(wanted.shape) == 3 and wanted.shape[-1] in shares and np.dtype(wanted.dtype).kind == "f"
+        if len(wanted.shape) == 3
+        and wanted.shape[-1] in shares
+        and wanted.shape[-1] >= _LETTERS
+        and np.dtype(wanted.dtype).kind == "f"
     }
     looked_up = {layer.input: layer.inputs for layer in layers(network.model) if layer.kind == "embedding"}
     return {**one_hot, **looked_up}

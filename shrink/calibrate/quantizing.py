@@ -116,8 +116,8 @@ def quantized(
     keep = work.keep_quantized
     identity = identity_of(work.network, work.calibration, work.named, work.seed, work.effort, keep_quantized=keep)
     store = Store(unfinished, identity)
-    passes = 1 if target.step is not None or (keep and target.min_psnr is None) else _PASSES
-    watched = _Passes(progress, passes)
+    finest = keep and target.min_psnr is None and target.step is None
+    watched = _Passes(progress, 1 if target.step is not None or finest else _PASSES)
     calibrator = Calibrator(
         work.network,
         work.calibration,
@@ -127,8 +127,11 @@ def quantized(
         progress=watched,
         store=store,
         keep_quantized=keep,
+        # Eight bits are eight bits, however fine the steps: then layers get the finest that they hold.
+        weighed=not finest,
         fixed=work.fixed,
     )
+    watched.next()
     number = 1
 
     def at(step: float) -> Result:
@@ -148,8 +151,7 @@ def quantized(
                 raise BoundNotMet(
                     f"{target.min_psnr:g} dB take {size(found):,} bytes, over {target.max_bytes:,}", hint="give one up"
                 )
-        elif keep:
-            # Eight bits are eight bits, however fine the steps: the finest that they hold.
+        elif finest:
             found = at(_FINEST)
             if size(found) > (target.max_bytes or 0):
                 raise BoundNotMet(
@@ -201,7 +203,7 @@ def changes(model: Model, decisions: Mapping[str, Decision], result: Result) -> 
 
 
 class _Passes:
-    """Progress over several passes: each is as long as the first, which gathers what all need, was taken to be."""
+    """Progress over preparing and several passes, each of which has the same share."""
 
     def __init__(self, progress: Progress, passes: int):
         self._progress, self._passes, self._done = progress, passes, 0
@@ -210,9 +212,7 @@ class _Passes:
         self._done += 1
 
     def __call__(self, name: str, done: int, total: int, /) -> None:
-        passes = max(self._passes, self._done + 1)
-        self._progress(
-            f"pass {self._done + 1}: {name}" if name else "",
-            self._done * 1000 + 1000 * done // max(1, total),
-            passes * 1000,
-        )
+        parts = max(self._passes, self._done) + 1
+        part = f"pass {self._done}" if self._done else "preparing"
+        here = self._done * 1000 + 1000 * done // max(1, total)
+        self._progress(f"{part}: {name}" if name else "", here, parts * 1000)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import struct
 import zipfile
 import zlib
@@ -32,6 +33,7 @@ __all__ = ["Store", "identity_of"]
 F64 = NDArray[np.float64]
 
 _IDENTITY, _GRADIENTS, _LAYER = "identity", "gradients.npz", ".layer.safetensors"
+_WEIGHTS = "weights.json"
 _RESULT, _DIGEST = "layer", "digest"
 # What NumPy and zipfile raise on damaged archives.
 _DAMAGE = (
@@ -39,7 +41,7 @@ _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, struct.error),
 )
 # What is stored changes with this.
-_VERSION = "2"
+_VERSION = "3"
 
 
 def identity_of(
@@ -126,6 +128,22 @@ class Store:
         with contextlib.suppress(ShrinkError, OSError), atomic_file(self._folder / _GRADIENTS) as file:
             np.savez(file, **arrays)
 
+    def weights(self) -> dict[str, float]:
+        """What layers weigh, by tensor, of those that were weighed."""
+        try:
+            identity, found = json.loads((self._folder or Path()).joinpath(_WEIGHTS).read_bytes())
+            sound = self._folder is not None and identity == self._identity
+            sound = sound and all(type(weight) is float and 0 < weight < math.inf for weight in found.values())
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return {}
+        return dict(found) if sound else {}
+
+    def keep_weights(self, found: Mapping[str, float]) -> None:
+        if self._folder is None or not self._ready():
+            return
+        with contextlib.suppress(ShrinkError, OSError), atomic_file(self._folder / _WEIGHTS) as file:
+            file.write(json.dumps([self._identity, dict(found)]).encode())
+
     def clear(self) -> None:
         """Remove what is kept, and nothing else."""
         if self._folder is None or not self._folder.is_dir() or not (self._folder / _IDENTITY).is_file():
@@ -138,7 +156,7 @@ class Store:
     def _kept(self) -> Iterator[Path]:
         folder = self._folder or Path()
         yield from sorted(folder.glob(f"*{_LAYER}"))
-        yield from (path for path in (folder / _GRADIENTS, folder / _IDENTITY) if path.is_file())
+        yield from (path for path in (folder / _GRADIENTS, folder / _WEIGHTS, folder / _IDENTITY) if path.is_file())
 
     def _path(self, key: str) -> Path | None:
         name = hashlib.sha256(key.encode()).hexdigest()[:32]

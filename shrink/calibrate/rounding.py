@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,18 @@ from shrink.coders.wasm import PRICES, WIDEST, Feedback
 from shrink.errors import MissingDependency
 from shrink.steps import half_octaves, trellised
 
-__all__ = ["NEAREST", "PRICED", "Coding", "Rounded", "damped", "rounded", "steadied", "targets", "without_means"]
+__all__ = [
+    "LARGEST_CODE",
+    "NEAREST",
+    "PRICED",
+    "Coding",
+    "Rounded",
+    "damped",
+    "rounded",
+    "steadied",
+    "targets",
+    "without_means",
+]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -36,7 +48,7 @@ I32 = NDArray[np.int32]
 _ROWS = 256
 # Columns that are rounded at once; what they do to earlier ones is a product of matrices.
 _BLOCK = WIDEST
-_LARGEST_CODE = 32000
+LARGEST_CODE = 32000
 # So many more are there for what feedback adds to codes. Where codes are to be smaller, steps are made wider instead.
 _SPARE_CODES = 700
 _WIDENED, _WIDENED_AT_MOST = 1.01, 6
@@ -49,8 +61,9 @@ _BIT = 2 * math.log(2) / 12
 _TRELLIS_STEP = 0.5675
 # Fewer bits than this are better spent on whole steps, as both kinds of states share the frequency of zero.
 _TRELLIS_BITS = 2.2
-# Codes of a trellis stand for up to twice as much, in 16 bits.
-_LARGEST_TRELLIS_CODE = 15600
+# Codes of a trellis, which stand for up to twice as much in 16 bits; and the values up to which they are of use. Where
+# rows have had to take wider steps for the range of 16 bits, whole steps make better use of it.
+_LARGEST_TRELLIS_CODE, _LARGEST_TRELLIS_VALUE = 16383, 22000
 # More inputs than this stay in the order in which they were factored.
 _REORDERED_AT_MOST = 4096
 # What the sums of products may be off by, as a share of their diagonal.
@@ -136,9 +149,7 @@ def targets(matrix: F32, h: F64, cross: F64, ridge: float, extra: NDArray[np.boo
 
 def _solved(h: F64, right: F64) -> F64:
     """X of X h = right; `h` is used up."""
-    from scipy.linalg import cho_solve  # type: ignore[import-untyped]
-
-    solution: F64 = cho_solve((_root(h), True), right.T, check_finite=False).T
+    solution: F64 = _lapack().cho_solve((_root(h), True), right.T, check_finite=False).T
     return solution
 
 
@@ -149,7 +160,7 @@ def rounded(
     g: F64,
     base: float,
     layout: Layout,
-    largest_code: int = _LARGEST_CODE,
+    largest_code: int = LARGEST_CODE,
     coding: Coding = NEAREST,
 ) -> Rounded:
     """The weights (groups, outputs, inputs) on a grid.
@@ -157,59 +168,56 @@ def rounded(
     `h` (groups, inputs, inputs) and `g` (groups, outputs, outputs) are positive definite; `h` may be (groups, inputs)
     where only its diagonal is known. `base` is the step in units of the square root of the cost: each weight
     adds about base² / 12 to it. `extra` places stay 0. Codes are at most `largest_code`: where they would be larger,
-    their rows get as wide a step as that takes, no power of √2 then.
+    their rows get as wide a step as that takes, no power of √2 then. `coding` says what becomes of the codes; groups of
+    one output each are rounded to the nearest whatever it says.
     """
     groups, outputs, inputs = weights.shape
     order = _stored_order(layout, weights.shape) if coding.trellis and not extra.any() else None
     rows = [_factors(one) for one in g]
     columns = [_factors(one, order) for one in h]
     if order is not None:
-        grid = _grid(weights, columns, rows, _TRELLIS_STEP * base, layout, _LARGEST_TRELLIS_CODE)
+        grid = _grid(weights, columns, rows, _TRELLIS_STEP * base, layout)
         counts = _counts(weights / (2 * grid.steps))
-        if counts @ _bits(counts) < _TRELLIS_BITS * weights.size:
+        if 2 * len(counts) > _LARGEST_TRELLIS_VALUE or counts @ _bits(counts) < _TRELLIS_BITS * weights.size:
             order = None
             if inputs <= _REORDERED_AT_MOST:
                 columns = [_factors(one) for one in h]
     if order is None:
-        grid = _grid(weights, columns, rows, base, layout, _LARGEST_CODE)
+        grid = _grid(weights, columns, rows, base, layout)
         counts = _counts((weights / grid.steps)[~extra])
-    bit = _BIT / (_TRELLIS_STEP**2 if order is not None else 1)
-    prices = coding.price * bit * _bits(counts)[:PRICES] if coding.price else None
-
     trellis = order is not None
+    bit = _BIT / (_TRELLIS_STEP**2 if trellis else 1)
+    prices = coding.price * bit * _bits(counts)[:PRICES] if coding.price else None
+    partly = [h.ndim == 3 and bool(extra[k].any()) for k in range(groups)]
+
+    def group(k: int) -> I32:
+        steps = grid.row_steps[k].astype(np.float64), grid.column_steps
+        if partly[k]:
+            return _among(extra[k], weights[k], h[k], g[k], *steps, prices)
+        return _group(weights[k], columns[k], rows[k], *steps, prices, trellis)
 
     def coded() -> I32:
-        row_steps = grid.row_steps.astype(np.float64)
         if outputs == 1 and groups > 1 and not extra.any():
+            row_steps = grid.row_steps.astype(np.float64)
             codes = _many_rows(weights[:, 0], columns, row_steps, grid.column_steps)[:, None]
         else:
-            partly = [h.ndim == 3 and bool(extra[k].any()) for k in range(groups)]
-            codes = np.stack(
-                [
-                    _among(extra[k], weights[k], h[k], g[k], row_steps[k], grid.column_steps, prices)
-                    if partly[k]
-                    else _group(
-                        weights[k], columns[k], rows[k], row_steps[k], grid.column_steps, prices, order is not None
-                    )
-                    for k in range(groups)
-                ]
-            )
+            codes = np.stack([group(k) for k in range(groups)])
         codes[extra] = 0
         return codes
 
     spare = _SPARE_CODES
-    if largest_code < _LARGEST_CODE:
+    if largest_code < LARGEST_CODE:
         spare = 0
         grid = grid.widened(np.maximum(1, grid.largest(weights / grid.steps) / largest_code))
     codes = coded()
     # Taking errors back makes some codes larger than their weights.
-    for _ in range(_WIDENED_AT_MOST if largest_code < _LARGEST_CODE else 0):
+    for _ in range(_WIDENED_AT_MOST if largest_code < LARGEST_CODE else 0):
         over = grid.largest(codes) / largest_code
         if over.max() <= 1:
             break
         grid = grid.widened(np.where(over > 1, over * _WIDENED, 1))
         codes = coded()
-    if trellis and np.abs(codes).max(initial=0) > _LARGEST_TRELLIS_CODE + _SPARE_CODES:
+    if trellis and np.abs(codes).max(initial=0) > _LARGEST_TRELLIS_CODE:
         return rounded(weights, extra, h, g, base, layout, largest_code, Coding(coding.price))
     np.clip(codes, -largest_code - spare, largest_code + spare, out=codes)
     whole = codes if order is None else _untrellised(codes, order)
@@ -245,14 +253,14 @@ def _untrellised(codes: I32, order: NDArray[np.intp]) -> I32:
 
 def _counts(codes: F64) -> F64:
     """How many codes of each magnitude may be expected."""
-    magnitudes = np.rint(np.minimum(np.abs(codes), _LARGEST_CODE)).astype(np.intp)
+    magnitudes = np.rint(np.minimum(np.abs(codes), LARGEST_CODE)).astype(np.intp)
     return np.bincount(magnitudes.reshape(-1), minlength=PRICES).astype(np.float64)
 
 
 def _bits(counts: F64) -> F64:
     """The bits of a code of each magnitude, with its sign."""
     # A magnitude that was not expected may come all the same.
-    shares = (counts + 1 / PRICES) / (counts.sum() + len(counts) / PRICES)
+    shares = (counts + 1 / len(counts)) / (counts.sum() + 1)
     bits: F64 = (np.arange(len(counts)) > 0) - np.log2(shares)
     return bits
 
@@ -288,9 +296,7 @@ class _Grid:
         return dataclasses.replace(self, kind_steps=self.kind_steps * factors.astype(np.float32))
 
 
-def _grid(
-    weights: F64, columns: list[_Factors], rows: list[_Factors], base: float, layout: Layout, largest_code: int
-) -> _Grid:
+def _grid(weights: F64, columns: list[_Factors], rows: list[_Factors], base: float, layout: Layout) -> _Grid:
     log_columns = -np.mean([np.log2(np.maximum(f.gains, 1e-300)) for f in columns], axis=0)
     log_rows = -np.array([np.log2(np.maximum(f.gains, 1e-300)) for f in rows])
     # In half octaves, and a step is the root of what it costs: log2 of a gain is its exponent already.
@@ -306,7 +312,7 @@ def _grid(
     scale = base * 2.0 ** ((centre_rows + centre_columns) / 2)
     column_steps = half_octaves(column_exponent).astype(np.float32).astype(np.float64)
     row_kind = np.searchsorted(kinds, layout.row_of)
-    scale, row_exponent = _within(weights, scale, row_exponent, row_kind, column_steps, largest_code)
+    scale, row_exponent = _within(weights, scale, row_exponent, row_kind, column_steps)
     kind_steps = (scale * half_octaves(row_exponent)).astype(np.float32)
     return _Grid(scale, kinds, row_kind, row_exponent, column_exponent, kind_steps)
 
@@ -340,23 +346,19 @@ def _factors(moments: F64, order: NDArray[np.intp] | None = None) -> _Factors:
 
 
 def _root(moments: F64) -> NDArray[np.floating]:
-    """The lower triangular root, in the place of the matrix: the widest take 1 GB already.
-
-    It is that of a little more than the matrix where its own errors make it indefinite.
+    """The lower triangular root, in the place of the matrix, as the widest take 1 GB; nothing is known of what is above
+    its diagonal. It is that of a little more than the matrix where its own errors make it indefinite.
     """
-    try:
-        from scipy.linalg import LinAlgError, cholesky
-    except ImportError:
-        raise MissingDependency("scipy", "calibrate") from None
+    lapack = _lapack()
     diagonal = np.diag(moments).copy()
     more = _FLOAT32_NOISE
-    # LAPACK takes columns for what NumPy has as rows. It leaves the other triangle as it is.
+    # LAPACK takes columns for what NumPy has as rows. The other triangle stays as it is, also where this fails.
     turned = moments.T
     while True:
         try:
-            root: NDArray[np.floating] = cholesky(turned, lower=True, overwrite_a=True, check_finite=False)
+            root: NDArray[np.floating] = lapack.cho_factor(turned, lower=True, overwrite_a=True, check_finite=False)[0]
             return root
-        except LinAlgError:
+        except np.linalg.LinAlgError:
             if more > 1e6:
                 raise
             for row in range(1, len(turned)):
@@ -365,23 +367,26 @@ def _root(moments: F64) -> NDArray[np.floating]:
             more *= 10
 
 
+def _lapack() -> Any:
+    try:
+        from scipy import linalg  # type: ignore[import-untyped]
+    except ImportError:
+        raise MissingDependency("scipy", "calibrate") from None
+    return linalg
+
+
 def _whole(exponents: F64) -> NDArray[np.int64]:
     return np.clip(np.rint(exponents), -_EXPONENTS, _EXPONENTS).astype(np.int64)
 
 
 def _within(
-    weights: F64,
-    scale: float,
-    exponents: NDArray[np.int64],
-    kind: NDArray[np.intp],
-    column_steps: F64,
-    largest_code: int,
+    weights: F64, scale: float, exponents: NDArray[np.int64], kind: NDArray[np.intp], column_steps: F64
 ) -> tuple[float, NDArray[np.int64]]:
     """Larger steps where codes would leave their range, and all steps in that of float32."""
     of_kind = _largest_of(weights / column_steps, kind, len(exponents))
     scale, exponents = _as_float32(scale, exponents)
     with np.errstate(divide="ignore"):
-        over = np.ceil(2 * np.log2(of_kind / (scale * half_octaves(exponents)) / largest_code))
+        over = np.ceil(2 * np.log2(of_kind / (scale * half_octaves(exponents)) / LARGEST_CODE))
     wanted = exponents + np.maximum(0, np.where(np.isfinite(over), over, 0)).astype(np.int64)
     above = max(0, int(wanted.max(initial=0)) - _EXPONENTS)
     return _as_float32(scale * 2.0 ** (above / 2), np.maximum(wanted - above, -_EXPONENTS))

@@ -56,6 +56,8 @@ class Feedback:
         first, and n is at most WIDEST.
         """
         m, n = w.shape
+        if states is not None and n > WIDEST:
+            raise ValueError(f"{n} columns, where a trellis takes {WIDEST} at once")
         wide = -(-n // 4) * 4
         sizes = [*(8 * m * n, 8 * m * n, 8 * n * n, 8 * m, 8 * n), 8 * PRICES, m]
         sizes += [4 * m * n, 8 * m * n, 8 * m * wide, 8 * 4 * wide]

@@ -14,7 +14,7 @@ const PACKED_VERSION = 2;
 
 // The limits of the safetensors library and of shrink's own reader.
 export const HEADER_AT_MOST = 100_000_000;
-const PACKED_AT_MOST = 2 ** 24;
+const PACKED_AT_MOST = 2 ** 20;
 const NAME_AT_MOST = 1024;
 const DIMENSIONS_AT_MOST = 32;
 const STEPS_AT_MOST = 16;
@@ -122,7 +122,7 @@ function parseSection(name, spec, meta) {
   if (!isCount(start) || !isCount(end) || size < 0) throw corrupt("it has no valid place in the file", name);
   if (!isShape(spec.shape)) throw corrupt("it has no valid shape", name);
   if (!ARRAYS.has(spec.dtype)) {
-    throw new LoadError("unsupported", `values of type ${String(spec.dtype).slice(0, 20)}`, { tensor: name });
+    throw new LoadError("unsupported", `values of type ${JSON.stringify(spec.dtype)?.slice(0, 20)}`, { tensor: name });
   }
   if (bytesOf(spec.dtype, spec.shape) !== size) throw corrupt("its shape and size do not fit", name);
   const said = meta.tensors.get(name) ?? {};
