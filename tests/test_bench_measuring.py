@@ -101,7 +101,7 @@ def test_one_backend_that_cannot_be_exported_leaves_the_sizes_of_the_other(folde
     found = measure(plan(network(folder, "generator"), options, runtime=runtime))
     for variant in found["variants"]:
         sizes = variant["size"]
-        assert sizes["file"] > sizes["wire_raw"] > sizes["wire_gzip"] > 1000
+        assert min(sizes["file"], sizes["wire_raw"]) > sizes["wire_gzip"] > 1000
         assert sizes["wire_brotli"] > 1000
         assert sizes["bits_per_weight"] > 4
         assert list(sizes["first_visit"]) == list(sizes["runtime"]) == ["wasm"]
