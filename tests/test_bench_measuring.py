@@ -101,7 +101,9 @@ def test_one_backend_that_cannot_be_exported_leaves_the_sizes_of_the_other(folde
     found = measure(plan(network(folder, "generator"), options, runtime=runtime))
     for variant in found["variants"]:
         sizes = variant["size"]
-        assert min(sizes["file"], sizes["wire_raw"]) > sizes["wire_gzip"] > 1000
+        assert sizes["file"] > sizes["wire_raw"] > 1000
+        # Packed files leave gzip nothing to do but to add its own header.
+        assert 1000 < sizes["wire_gzip"] < 1.01 * sizes["wire_raw"]
         assert sizes["wire_brotli"] > 1000
         assert sizes["bits_per_weight"] > 4
         assert list(sizes["first_visit"]) == list(sizes["runtime"]) == ["wasm"]
