@@ -236,7 +236,7 @@ def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], force: bool)
             if output.exists() and not force:
                 raise UsageError("exists already", file=output, hint="--force replaces it")
             if not output.resolve().parent.is_dir():
-                raise OutputError("its folder does not exist", file=output)
+                raise OutputError("its folder does not exist", file=output, hint="make it first")
 
 
 def _needs_templates() -> None:

@@ -158,7 +158,7 @@ def _options(target: Target, **options: Any) -> dict[str, Any]:
 
 def _check_output(output: Path, force: bool) -> None:
     if not output.resolve().parent.is_dir():
-        raise OutputError("its folder does not exist", file=output)
+        raise OutputError("its folder does not exist", file=output, hint="make it first")
     if not output.exists():
         return
     if not output.is_dir():

@@ -149,8 +149,8 @@ def quantize_command(
     Weights (tensors of two dimensions or more) are quantized; biases, batch-norm values and counters are kept.
 
     Mode calibrated rounds by what the outputs of the network lose, and corrects biases. It runs the network, so it
-    wants its graph: an ONNX file, or --network. PSNR is that of the outputs, on a quarter of the inputs, which
-    calibration does not see. Interrupted, it goes on with the layers that are done.
+    wants its graph: an ONNX file, or --network. PSNR is that of the outputs, on a quarter of the inputs, to
+    which no weight is fitted. Interrupted, it goes on with the layers that are done.
 
     \b
     Example:

@@ -78,7 +78,7 @@ def check_output(output: Path | None, models: Sequence[Path], force: bool, *, fo
         if output.exists() and output.is_dir() != folder:
             raise UsageError("is a folder" if output.is_dir() else "is not a folder", file=output)
         if not output.resolve().parent.is_dir():
-            raise OutputError("its folder does not exist", file=output)
+            raise OutputError("its folder does not exist", file=output, hint="make it first")
 
 
 def total_difference(rows: Sequence[Any]) -> Difference | None:

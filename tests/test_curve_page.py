@@ -208,7 +208,7 @@ def test_every_calibrated_point_has_its_layers() -> None:
 
 def test_it_says_what_was_measured_on_what() -> None:
     page = render(sample())
-    assert "Calibrated on 48 samples and measured on 16 others, which calibration has not seen." in page
+    assert "Calibrated on 48 samples and measured on 16 others, to which no weight was fitted." in page
     assert "All come from: images.npz." in page
     assert "Made up." not in page
     assert "Made up." in render(sample(made_up=True))

@@ -204,8 +204,8 @@ def _about(document: Document) -> str:
             "that say how it does on others."
         )
     return (
-        f"Calibrated on {samples - held} samples and measured on {_count(held, 'other')}, which calibration has not "
-        f"seen. All come from: {source}."
+        f"Calibrated on {samples - held} samples and measured on {_count(held, 'other')}, to which no weight was "
+        f"fitted. All come from: {source}."
     )
 
 

@@ -48,7 +48,7 @@ _HALVES_FROM = 5e-4
 _MEAN_PRIOR = 4
 # Positions that are looked at: in all, and per input of the layer.
 _LEAST_POSITIONS, _POSITIONS_PER_INPUT = 1 << 14, 10
-# One in so many samples is not calibrated on, but measures the result.
+# To one in so many samples no weight is fitted: it says what layers cost, and measures the result.
 _CHECKED = 4
 # Large outputs give as many gradients as they have places, so that few samples tell enough.
 _PROBES = 4
@@ -68,8 +68,8 @@ _INT8 = 127
 
 @dataclass(frozen=True)
 class Result:
-    """One point of the curve: the entries that change, by name, and how the network does with them on inputs that it
-    was not calibrated on."""
+    """One point of the curve: the entries that change, by name, and how the network does with them on inputs that
+    no weight was fitted to."""
 
     step: float
     entries: Mapping[str, Entry]
