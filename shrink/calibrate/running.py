@@ -168,6 +168,8 @@ class Program:
         self._held.append(values)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # What one run needs goes back to the system after it: the widest layers want that room.
+        options.enable_cpu_mem_arena = False
         if names:
             options.add_external_initializers(names, values)
         self._session: Any = None
