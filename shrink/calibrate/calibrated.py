@@ -134,14 +134,14 @@ class Calibrator:
         self.outputs = self._run(self._checks)
         self.peaks = peaks_of(self.outputs)
         for output in self.outputs:
-            if not all(np.isfinite(output[name]).all() for name in self.peaks):
+            if not self._is_finite(output):
                 raise BadInput("its outputs on the calibration inputs are not finite", file=self._graph.file)
         if not self.peaks:
             raise UsageError("the network puts out no numbers to measure", file=self._graph.file)
         added = [dict(sample) for sample in calibration.added]
         run = zip(added, self._run(added), strict=True)
         # Made-up pictures may be more than the network can take.
-        sound = [(x, y) for x, y in run if all(np.isfinite(y[name]).all() for name in self.peaks)]
+        sound = [(x, y) for x, y in run if self._is_finite(y)]
         self._added, self._added_outputs = [x for x, _ in sound], [y for _, y in sound]
         self._fits = _mixed(self._fits, self._added)
         self._reference = self._references()
@@ -160,8 +160,7 @@ class Calibrator:
     def at(self, step: float) -> Result:
         """The network with steps such that the output's error would be `step`, as a share of the peak (its root mean
         square), if all errors were as independent as they are taken to be. Half of it and less is usual."""
-        for name, values in self._original.items():
-            self._graph.put(name, values)
+        self._put({})
         base = step * math.sqrt(12 / max(1, self.weights))
         entries: dict[str, Entry] = {}
         results: list[LayerResult] = []
@@ -193,8 +192,7 @@ class Calibrator:
 
     def quality_of(self, arrays: Mapping[str, Array]) -> Quality:
         """How the network does with other values for these weights, and the original ones for all others."""
-        for name, values in self._original.items():
-            self._graph.put(name, arrays.get(name, values))
+        self._put(arrays)
         return self.quality_now()
 
     def quality_now(self) -> Quality:
@@ -207,11 +205,18 @@ class Calibrator:
         """
         if not self._added:
             return None
-        for name, values in self._original.items():
-            self._graph.put(name, result.entries[name].array if name in result.entries else values)
+        self._put({name: entry.array for name, entry in result.entries.items()})
         return measured(self._added_outputs, self._run(self._added), self.peaks)
 
+    def _put(self, arrays: Mapping[str, Array]) -> None:
+        """These values for these weights, and the original ones for all others."""
+        for name, values in self._original.items():
+            self._graph.put(name, arrays.get(name, values))
+
     # ---- what is known before anything is quantized
+
+    def _is_finite(self, output: Values) -> bool:
+        return all(np.isfinite(output[name]).all() for name in self.peaks)
 
     def _run(self, samples: Sequence[Values]) -> list[Values]:
         program = self._graph.program(self._types, self._graph.outputs)

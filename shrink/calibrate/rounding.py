@@ -138,9 +138,11 @@ def targets(matrix: F32, h: F64, cross: F64, ridge: float, extra: NDArray[np.boo
     mean = np.einsum("gii->gi", h).mean(axis=1)[:, None, None]
     # What was added pulls towards the original weights, not towards 0.
     right = cross + ridge / (1 + ridge) * mean * matrix
-    solved: F64 = np.stack([_solved(one.copy(), wanted) for one, wanted in zip(h, right, strict=True)])
-    for k in np.flatnonzero(extra.any(axis=(1, 2))):
-        solved[k] = 0
+    solved: F64 = np.zeros_like(right)
+    for k in range(len(h)):
+        if not extra[k].any():
+            solved[k] = _solved(h[k].copy(), right[k])
+            continue
         for rows, places in _patterns(extra[k]):
             at = np.ix_(rows, places)
             solved[k][at] = _solved(h[k][np.ix_(places, places)], right[k][at])
@@ -190,18 +192,17 @@ def rounded(
     prices = coding.price * bit * _bits(counts)[:PRICES] if coding.price else None
     partly = [h.ndim == 3 and bool(extra[k].any()) for k in range(groups)]
 
-    def group(k: int) -> I32:
-        steps = grid.row_steps[k].astype(np.float64), grid.column_steps
+    def group(k: int, row_steps: F64, column_steps: F64) -> I32:
         if partly[k]:
-            return _among(extra[k], weights[k], h[k], g[k], *steps, prices)
-        return _group(weights[k], columns[k], rows[k], *steps, prices, trellis)
+            return _among(extra[k], weights[k], h[k], g[k], row_steps, column_steps, prices)
+        return _group(weights[k], columns[k], rows[k], row_steps, column_steps, prices, trellis)
 
     def coded() -> I32:
+        row_steps, column_steps = grid.row_steps.astype(np.float64), grid.column_steps
         if outputs == 1 and groups > 1 and not extra.any():
-            row_steps = grid.row_steps.astype(np.float64)
-            codes = _many_rows(weights[:, 0], columns, row_steps, grid.column_steps)[:, None]
+            codes = _many_rows(weights[:, 0], columns, row_steps, column_steps)[:, None]
         else:
-            codes = np.stack([group(k) for k in range(groups)])
+            codes = np.stack([group(k, row_steps[k], column_steps) for k in range(groups)])
         codes[extra] = 0
         return codes
 
