@@ -31,6 +31,12 @@ def laplace(seed: int, rows: int, columns: int, spread: float, varied: float = 0
     return np.clip(values, -32768, 32767).astype(np.int16)
 
 
+def entropy(codes: NDArray[np.signedinteger]) -> float:
+    """Bits per code, were each coded by how often it comes."""
+    counts = np.unique(codes, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / codes.size)).sum() / codes.size)
+
+
 def exponents(seed: int, count: int) -> bytes:
     """A head as grid.1 has it."""
     walk = np.cumsum(np.random.default_rng(seed).normal(0, 0.7, count))

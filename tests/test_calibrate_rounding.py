@@ -18,6 +18,7 @@ from shrink.calibrate.layers import Layer, layers
 from shrink.calibrate.layout import Layout, layout
 from shrink.calibrate.rounding import NEAREST, PRICED, Coding, Rounded, damped, rounded, steadied, targets
 from shrink.steps import DTYPES, Step, decode, half_octaves
+from tests.rans_streams import entropy
 from tests.test_calibrated import ODD
 
 F64 = NDArray[np.float64]
@@ -357,11 +358,6 @@ def test_stored_values_are_those_of_the_trellis(tmp_path: Path) -> None:
             expected = np.where(extra, 0, made.values)
             np.testing.assert_array_equal(as_stored(made.codes, made, place, layer), expected, err_msg=name)
     assert kinds == {"dense", "conv", "deconv", "recurrent", "embedding"}
-
-
-def entropy(codes: NDArray[np.int32]) -> float:
-    counts = np.unique(codes, return_counts=True)[1]
-    return float(-(counts * np.log2(counts / codes.size)).sum() / codes.size)
 
 
 @pytest.mark.parametrize(("base", "least"), [(0.1, 0.03), (0.4, 0.03), (2.0, 0.03)])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from shrink.coders.wasm import PRICES, WIDEST, Feedback
 from shrink.steps import trellised
+from tests.rans_streams import entropy
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
@@ -179,11 +180,6 @@ def test_prices_save_bits() -> None:
     assert entropy(cheap) < entropy(codes) - 0.05
     saved = 0.3 * np.mean(bits[abs(codes)] - bits[abs(cheap)]) * 0.6**2
     assert 0 < np.mean(more**2) - np.mean(errors**2) < saved
-
-
-def entropy(codes: I32) -> float:
-    counts = np.unique(codes, return_counts=True)[1]
-    return float(-(counts * np.log2(counts / codes.size)).sum() / codes.size)
 
 
 @pytest.mark.parametrize("states", [None, np.zeros(2, np.uint8)])
