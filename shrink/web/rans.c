@@ -1,6 +1,6 @@
-/* The steps rans.1, trellis.1 and grid.1, which few files have: rans.js loads this when one does. `begin` reads everything but the
- * codes, then any chunk can be decoded by `chunk`, in any order. Addresses are in the exported memory, which the caller
- * lays out from `heap` on. Behind a source there must be 16 more bytes, as whole words are read, and before it 16.
+/* The steps rans.1, trellis.1 and grid.1, which few files have: rans.js loads this when one does. `begin` reads
+ * everything but the codes, then any chunk can be decoded by `chunk`, in any order. Addresses are in the exported
+ * memory, which the caller lays out from `heap` on. Behind a source there must be 16 more bytes, as whole words are read, and before it 16.
  * `python -m tests.web.build` makes rans.wasm of it.
  */
 #include <wasm_simd128.h>
