@@ -62,6 +62,8 @@ _SOURCE = re.compile(r"[a-z0-9-]{1,32}")
 
 # What one encoded tensor costs in the header beyond its payload; packing must gain more than this.
 _HEADER_COST = 100
+# What one more step takes there.
+_STEP_COST = 30
 # The largest attributes or graph that is believed.
 _BLOB_AT_MOST = 1 << 28
 # The largest packed header that is written and believed, deflated or not. What JSON becomes in memory is many times its
@@ -433,7 +435,8 @@ def _stored(entry: Entry, level: int | None) -> tuple[str, list[int], bytes, tup
         bare = entry
     if level is not None and len(bare.steps) == 1:
         packed = pack(bare, level)
-        if packed.size_bytes + _HEADER_COST < bare.size_bytes or bare.steps[0].name != "cast.1":
+        cost = _HEADER_COST if bare.steps[0].name == "cast.1" else _STEP_COST
+        if packed.size_bytes + cost < bare.size_bytes:
             return "U8", [packed.size_bytes], packed.payload, packed.steps
     if len(bare.steps) == 1 and bare.steps[0].name == "cast.1":
         # Plain: any safetensors reader sees a float16 tensor as what it is.

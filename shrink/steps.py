@@ -15,6 +15,7 @@ bit for bit. A chain is zero or more byte steps (bytes -> bytes) and then one va
                                                 head bytes as they are; rows · columns codes of width bytes become
                                                 numbers of 2 bytes, as a machine's state has it: `trellised`
     cast.1      {"from": dtype}                 little-endian values of that dtype, cast to the tensor's
+    fill.1      {"value": number}               no bytes: every value is that number, rounded to float32
     codebook.1  {"table", "scale"}              one byte per value: table[code] · scale, rounded once to float32
     affine.1    {"bits", "axis", "block", "scale", "zero"}
                                                 (code − zero) · scale, a scale and zero per channel or block
@@ -359,6 +360,18 @@ def _cast(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Ar
     return data.view(dtype)
 
 
+def _fill(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Array:
+    value = params.number("value")
+    params.done()
+    if data.size:
+        raise params.bad(f"{data.size} bytes are there where none belong")
+    with np.errstate(over="ignore"):
+        rounded = np.float32(value)
+    if not np.isfinite(rounded):
+        raise params.bad("value is too large for float32")
+    return np.full(math.prod(shape), rounded)
+
+
 def _codebook(data: Bytes, params: _Params, shape: tuple[int, ...], name: str) -> Array:
     scale = params.number("scale")
     table = params.take("table")
@@ -493,6 +506,7 @@ _BYTE_STEPS: dict[str, Callable[[Bytes, _Params, int, str], Bytes]] = {
 }
 _VALUE_STEPS: dict[str, Callable[[Bytes, _Params, tuple[int, ...], str], Array]] = {
     "cast.1": _cast,
+    "fill.1": _fill,
     "codebook.1": _codebook,
     "affine.1": _affine,
     "grid.1": _grid,

@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 import shrink
 from shrink.calibrate.calibrated import parted
+from shrink.calibrate.folding import fold
+from shrink.calibrate.layers import layers
+from shrink.calibrate.running import Graph
+from shrink.export import Network
 from shrink.metrics import peak_of
 from tests.command import Outcome, run
 from tests.zoo import NETWORKS, ZooNetwork
@@ -53,6 +57,15 @@ def with_values_of(zoo: ZooNetwork, output: Path) -> Path:
     path = output.with_suffix(".decoded.onnx")
     path.write_bytes(proto.SerializeToString())
     return path
+
+
+def folded(zoo: ZooNetwork) -> dict[str, Array]:
+    """The values before they are rounded: what errors are measured against."""
+    model = shrink.load(zoo.path)
+    found = layers(model)
+    graph = Graph(Network("", model, ((1, *zoo.calibration.shape[1:]),)), found)
+    fold(graph, found, frozenset())
+    return graph.weights
 
 
 def psnr(zoo: ZooNetwork, output: Path, inputs: Array) -> float:
@@ -112,18 +125,20 @@ def test_json_tells_everything(tmp_path: Path) -> None:
     assert 0 < said["cosine"] <= 1
     tensors = {tensor["name"]: tensor for tensor in said["tensors"]}
     assert set(tensors) == set(model)
-    layers = {layer["tensor"]: layer for layer in said["layers"]}
-    assert set(layers) == {name for name, tensor in tensors.items() if tensor["mode"] == "calibrated"}
-    assert {tensor["mode"] for tensor in tensors.values()} <= {"calibrated", "bias", "float16", "kept"}
-    for name, layer in layers.items():
+    rows = {layer["tensor"]: layer for layer in said["layers"]}
+    assert set(rows) == {name for name, tensor in tensors.items() if tensor["mode"] == "calibrated"}
+    assert {tensor["mode"] for tensor in tensors.values()} == {"calibrated", "bias", "constant"}
+    for name, layer in rows.items():
         assert layer["shape"] == list(model[name].shape)
         assert layer["bits_per_weight"] == pytest.approx(8 * layer["size_bytes"] / model[name].size)
         assert layer["step"] > 0
         assert layer["sensitivity"] > 0
     read = {tensor.name: tensor.array for tensor in shrink.load(output).tensors}
+    before = folded(RESIDUAL)
     for name, tensor in tensors.items():
-        error = np.abs(read[name].astype("f8") - model[name].array).max()
-        assert error == pytest.approx(tensor.get("max_error", 0), rel=1e-6)
+        error = np.abs(read[name].astype("f8") - before[name]).max()
+        assert error == pytest.approx(tensor["max_error"], rel=1e-6)
+        assert (error == 0) == (tensor["mode"] == "constant")
 
 
 def test_it_says_when_other_pictures_do_worse(tmp_path: Path) -> None:

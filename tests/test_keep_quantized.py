@@ -124,7 +124,7 @@ def with_values(original: Path, values: dict[str, Array], path: Path) -> Path:
 
 
 def plain_and_expanded(path: Path) -> dict[str, Array]:
-    """All float values of a written file by their names in the original: also of biases, in float16 behind a Cast."""
+    """All float values of a written file by their names in the original: also of biases."""
     proto = onnx.load(path)
     arrays = arrays_of(proto)
     cast = {n.output[0]: arrays[n.input[0]] for n in proto.graph.node if n.op_type == "Cast" and n.input[0] in arrays}

@@ -21,9 +21,11 @@ from shrink.errors import BadInput
 from shrink.model import DTYPES, Model, Quantized, Source, Tensor
 from shrink.steps import Step, decode, groups, matrix
 from tests import containers, test_steps
+from tests.command import run
 from tests.faulty_server import whole
 from tests.samples import safetensors as sample
 from tests.web import WEB, Loader, build, container, in_python, loader_in_chromium
+from tests.zoo import NETWORKS
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "steps").glob("*.json"))
 SIZE_BUDGET = 40_000
@@ -114,7 +116,8 @@ def test_the_modes_of_this_test_are_all_modes_and_use_all_steps(tmp_path: Path) 
                 if isinstance(entry, Quantized):
                     used |= {step.name for step in entry.steps}
                     zeros |= {step.params["zero"] for step in entry.steps if step.name == "affine.1"}
-    assert used == {*steps._BYTE_STEPS, *steps._VALUE_STEPS} - {"rans.1", "trellis.1", "grid.1"}
+    # The others are those of calibrated files.
+    assert used == {*steps._BYTE_STEPS, *steps._VALUE_STEPS} - {"rans.1", "trellis.1", "grid.1", "fill.1"}
     assert zeros == {True, False}
 
 
@@ -148,12 +151,28 @@ def test_real_models(loader: Loader, tmp_path: Path, shared_models: Path, name: 
     assert_bit_equal(loader, tmp_path, (tmp_path / "m.safetensors").read_bytes())
 
 
+def test_calibrated_networks(loader: Loader, tmp_path: Path) -> None:
+    """Files as users make them: constants, vectors, codes with a trellis and without, in a packed file."""
+    pytest.importorskip("onnxruntime")
+    used = set()
+    for zoo in NETWORKS:
+        output = tmp_path / f"{zoo.name}.safetensors"
+        outcome = run("quantize", zoo.path, "--mode", "calibrated", "--step", 0.01, "--samples", 8, "-o", output)
+        assert outcome.code == 0, outcome.stderr
+        assert_bit_equal(loader, tmp_path, output.read_bytes())
+        entries = shrink.load(output).tensors
+        used |= {step.name for entry in entries if isinstance(entry, Quantized) for step in entry.steps}
+    assert used == {"rans.1", "trellis.1", "grid.1", "fill.1", "affine.1", "cast.1"}
+
+
 def random_values(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[Step, bytes]:
     """A value step with bytes that fit it."""
     size = int(np.prod(shape))
-    kind = rng.choice(["affine.1", "codebook.1", "cast.1", "grid.1"])
+    kind = rng.choice(["affine.1", "codebook.1", "cast.1", "grid.1", "fill.1"])
     if kind == "grid.1":
         return random_grid(rng, shape)
+    if kind == "fill.1":
+        return Step(kind, {"value": float(rng.choice([0, 1, -0.1, 1e-40, 3e38]))}), b""
     if kind == "affine.1":
         axis = int(rng.integers(len(shape))) if rng.random() < 0.7 else None
         block = int(rng.integers(1, 40)) if rng.random() < 0.6 else None
@@ -254,7 +273,8 @@ def test_any_chain(loader: Loader, tmp_path: Path) -> None:
     assert len(good) > 300
     assert len(bad) > 20
     names = {s.name for e in good for s in e.steps}
-    assert names == {"planes.1", "sparse.1", "cast.1", "codebook.1", "affine.1", "rans.1", "trellis.1", "grid.1"}
+    others = {"planes.1", "sparse.1", "cast.1", "fill.1", "codebook.1", "affine.1"}
+    assert names == others | {"rans.1", "trellis.1", "grid.1"}
     assert_bit_equal(loader, tmp_path, container(tmp_path, good))
     for entry in bad:
         assert loader.fails(loader.site.put(whole(container(tmp_path, [entry])))) == "corrupt"

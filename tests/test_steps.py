@@ -24,7 +24,7 @@ from shrink.steps import EIGHTBIT_TABLE, TRELLIS, Step, decode, trellised
 GOLDEN = Path(__file__).parent / "golden" / "steps"
 STEPS = [
     *("zstd.1", "deflate.1", "planes.1", "sparse.1", "rans.1", "trellis.1"),
-    *("cast.1", "codebook.1", "affine.1", "grid.1"),
+    *("cast.1", "fill.1", "codebook.1", "affine.1", "grid.1"),
 ]
 
 
@@ -143,6 +143,10 @@ ZSTD_CHECKED = zstandard.ZstdCompressor(write_checksum=True).compress(b"abc")
             (3,),
             "more bytes",
         ),
+        ("bytes in a fill", [["fill.1", {"value": 1.0}]], b"a", (1,), "1 bytes are there where none"),
+        ("fill of text", [["fill.1", {"value": "1"}]], b"", (1,), "value is not a finite number"),
+        ("fill too large", [["fill.1", {"value": 1e39}]], b"", (1,), "too large"),
+        ("fill of too much", [["fill.1", {"value": 1.0}]], b"", (1 << 28,), "0 bytes claim to hold"),
         ("unknown table", [["codebook.1", {"table": "nine", "scale": 1.0}]], b"a", (1,), "table"),
         ("outside the table", [["codebook.1", {"table": [0.0, 1.0], "scale": 1.0}]], b"\0\2", (2,), "code 2 is"),
         ("NaN in table", [["codebook.1", {"table": [float("nan")], "scale": 1.0}]], b"\0", (1,), "table"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from shrink.calibrate import entries as storing
 from shrink.calibrate import layers as finding
-from shrink.calibrate import sensitivity
+from shrink.calibrate import sensitivity, vectors
 from shrink.calibrate.covariance import Covariance
+from shrink.calibrate.folding import fold
 from shrink.calibrate.inputs import Calibration
 from shrink.calibrate.layer_result import LayerResult
 from shrink.calibrate.layers import Layer
@@ -27,11 +28,11 @@ from shrink.calibrate.quality import Quality, cost, measured, peaks_of
 from shrink.calibrate.resuming import Store
 from shrink.calibrate.rounding import LARGEST_CODE, PRICED, Rounded, damped, rounded, steadied, targets, without_means
 from shrink.calibrate.running import Graph
+from shrink.calibrate.vectors import Note, is_vector, step_of
 from shrink.errors import BadInput, UsageError
 from shrink.export import Network
-from shrink.model import DTYPES, Entry, Quantized
+from shrink.model import Entry, Quantized, Tensor
 from shrink.progress import Progress, silent
-from shrink.quantizers import by_mode
 
 __all__ = ["Calibrator", "LayerResult", "Result", "parted"]
 
@@ -42,8 +43,6 @@ Values = dict[str, Array]
 
 # Added to the diagonal of what inputs and gradients tell, as shares of its mean. Gradients tell less surely.
 _INPUT_RIDGE, _OUTPUT_RIDGE, _LOOKUP_RIDGE = 0.03, 0.1, 1.0
-# From this step on float16 is exact beside it.
-_HALVES_FROM = 5e-4
 # Positions that the mean of a layer's inputs is taken to be 0 at, beside those that were seen.
 _MEAN_PRIOR = 4
 # Positions that are looked at: in all, and per input of the layer.
@@ -60,8 +59,8 @@ _WEIGHED_AT, _WEIGHED_AT_MOST = 2.0**-7, 32.0
 _PREPARING = (0, 10, 30, 100)
 # The values kept of all layers' inputs, once as they were and once as they are.
 _HELD_BYTES = 300_000_000
-# The most that is taken off a weight that seems to have no effect.
-_COARSEST = 7
+# Where there are so many weights for each number of vectors, their steps are not worth finding out.
+_FEW_VECTORS = 512
 # The largest code of 8 bits that has a negative one.
 _INT8 = 127
 
@@ -75,8 +74,10 @@ class Result:
     entries: Mapping[str, Entry]
     layers: tuple[LayerResult, ...]
     quality: Quality
-    halved: frozenset[str] = frozenset()
-    """Small tensors that are in float16, as that costs next to nothing at this step."""
+    notes: Mapping[str, Note] = field(default_factory=dict)
+    """What became of tensors that are no layer's weights."""
+    moved: Mapping[str, Array] = field(default_factory=dict)
+    """What tensors were before they were rounded, where numbers had been moved into them or out of them."""
 
     @property
     def size_bytes(self) -> int:
@@ -123,9 +124,9 @@ class Calibrator:
         placed = {layer.tensor for layer in self._layers}
         self._others = [e for e in network.model.tensors if e.name in wanted - placed and self._graph.has(e.name)]
         self._places = {layer.tensor: (one_axis if keep_quantized else layout)(layer) for layer in self._layers}
-        self._original = dict(self._graph.weights)
+        self._given = dict(self._graph.weights)
         biases = {layer.bias for layer in self._layers}
-        for name, value in self._original.items():
+        for name, value in self._given.items():
             if name in wanted | biases and value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise BadInput("it holds values that are not finite", file=self._graph.file, tensor=name)
         self._types = {name: value.dtype for name, value in calibration.samples[0].items()}
@@ -144,9 +145,18 @@ class Calibrator:
         sound = [(x, y) for x, y in run if self._is_finite(y)]
         self._added, self._added_outputs = [x for x, _ in sound], [y for _, y in sound]
         self._fits = _mixed(self._fits, self._added)
+        self._moved: dict[str, str] = {}
+        # The weights of a Chainer network may be used in other ways than the graph has them.
+        if network.chain is None:
+            self._layers, self._moved = fold(self._graph, self._layers, fixed)
+        self._original = dict(self._graph.weights)
+        self._changed = {name: x for name, x in self._original.items() if x is not self._given[name]}
+        self._corrected = {layer.bias for layer in self._layers if self._corrects(layer)}
         self._reference = self._references()
         self.weights = sum(math.prod(layer.shape) for layer in self._layers) + sum(e.size for e in self._others)
         """The number of weights that are quantized."""
+        self._vectors = self._small_ones()
+        self.weights += sum(self._original[name].size for name in self._vectors)
         self._g = self._gradients()
         weights = self._store.weights() if weighed else {}
         for layer in self._layers if weighed else ():
@@ -154,13 +164,18 @@ class Calibrator:
                 weights[layer.tensor] = self._weight(layer)
                 self._store.keep_weights(weights)
             self._g[layer.tensor] = self._g[layer.tensor] * weights[layer.tensor]
+        for name in self._vectors:
+            if name not in weights:
+                weights[name] = self._noise_cost(name, None, 1)
+                self._store.keep_weights(weights)
+        self._costs = {name: weights[name] for name in self._vectors}
         self.held_out = len(self._checks) if len(samples) > 1 else 0
         """The samples that no weight is fitted to: they tell how fine each layer's steps are to be, and measure."""
 
     def at(self, step: float) -> Result:
         """The network with steps such that the output's error would be `step`, as a share of the peak (its root mean
         square), if all errors were as independent as they are taken to be. Half of it and less is usual."""
-        self._put({})
+        self._put(self._original)
         base = step * math.sqrt(12 / max(1, self.weights))
         entries: dict[str, Entry] = {}
         results: list[LayerResult] = []
@@ -171,8 +186,8 @@ class Calibrator:
             entries |= made
             results.append(result)
             done += entry.size
-        halved = self._halved(step)
-        entries |= halved
+        small, notes = self._small(step, base)
+        entries |= small
         known = [dict(sample) for sample in self._fits]
         for layer in self._layers:
             self._progress(layer.tensor, done, self.weights)
@@ -188,7 +203,7 @@ class Calibrator:
             entries |= stored[1]
             done += math.prod(layer.shape)
         self._progress("", self.weights, self.weights)
-        return Result(step, entries, tuple(results), self.quality_now(), frozenset(halved))
+        return Result(step, entries, tuple(results), self.quality_now(), notes, self._changed)
 
     def quality_of(self, arrays: Mapping[str, Array]) -> Quality:
         """How the network does with other values for these weights, and the original ones for all others."""
@@ -210,7 +225,7 @@ class Calibrator:
 
     def _put(self, arrays: Mapping[str, Array]) -> None:
         """These values for these weights, and the original ones for all others."""
-        for name, values in self._original.items():
+        for name, values in self._given.items():
             self._graph.put(name, arrays.get(name, values))
 
     # ---- what is known before anything is quantized
@@ -375,23 +390,35 @@ class Calibrator:
         steps = made.scale, made.row_exponents, made.column_exponents
         return storing.on_grid(layer.tensor, layer.shape, codes, *steps, place, self._effort, trellis=made.trellis)
 
-    def _halved(self, step: float) -> dict[str, Entry]:
-        """The tensors of one number per channel in float16, where the step is far coarser than that."""
-        if step < _HALVES_FROM or self._keep:
-            return {}
-        corrected = {layer.bias for layer in self._layers if self._corrects(layer)}
-        out: dict[str, Entry] = {}
+    def _small_ones(self) -> list[str]:
+        """The tensors of one number per channel that get steps of their own, where they are enough to matter."""
+        if self._keep:
+            return []
+        others = self._corrected.union(self._moved, self._fixed)
+        smooth = sensitivity.smooth(self._graph) - others - self._chosen
+        found = [entry for entry in self.network.model.tensors if entry.name in smooth and is_vector(entry)]
+        enough = sum(entry.size for entry in found) * _FEW_VECTORS > self.weights
+        return [entry.name for entry in found] if enough else []
+
+    def _small(self, step: float, base: float) -> tuple[dict[str, Entry], dict[str, Note]]:
+        """The other tensors of the graph, but for biases that layers correct, and what became of them."""
+        entries: dict[str, Entry] = {}
+        notes: dict[str, Note] = {}
         for entry in self.network.model.tensors:
-            small = entry.size > 1 and sum(n > 1 for n in entry.shape) < 2 and entry.dtype == DTYPES["F32"]
-            if not small or entry.name in self._fixed | self._chosen | corrected or not self._graph.has(entry.name):
+            name = entry.name
+            if name in self._fixed | self._chosen | self._corrected or not self._graph.has(name):
                 continue
-            x = self._original[entry.name]
-            made = by_mode("float16").quantize(entry.name, np.ascontiguousarray(x, np.float32).reshape(entry.shape))
-            # Below 2^-14 float16 loses its precision: a small variance would not survive.
-            if isinstance(made, Quantized) and np.all(np.abs(made.array - x) <= np.abs(x) * 2.0**-10):
-                self._graph.put(entry.name, made.array)
-                out[entry.name] = made
-        return out
+            x, moved = self._original[name], self._moved.get(name)
+            # What is to stay quantized where it runs has no other form for these than float32.
+            at = 0.0 if self._keep else step
+            each = self._costs.get(name)
+            found = vectors.stored(entry, x, step=at, base=base, cost=each, moved=moved, effort=self._effort)
+            if found is None and x is not self._given[name]:
+                found = Tensor.of(name, x), Note("float32", "another tensor's numbers were moved into it")
+            if found is not None:
+                entries[name], notes[name] = found
+                self._graph.put(name, entries[name].array)
+        return entries, notes
 
     def _corrects(self, layer: Layer) -> bool:
         """Whether the layer has a bias that may take what is left of the mean error."""
@@ -399,7 +426,7 @@ class Calibrator:
         return free and not layer.diagonal and layer.kind != "recurrent"
 
     def _bias(self, name: str, layer: Layer, shift: F64, g: F64, base: float) -> dict[str, Entry]:
-        """The bias with the mean error taken out, in float16 where that costs next to nothing."""
+        """The bias with the mean error taken out, and a step of its own."""
         before = self._original[name]
         flat = before.astype(np.float64).reshape(-1).copy()
         places = layer.bias_rows()
@@ -408,25 +435,21 @@ class Calibrator:
         np.add.at(count, places, 1)
         flat += total / np.maximum(count, 1)
         wanted = flat.astype(np.float32).reshape(before.shape)
-        cheap = np.zeros(flat.size)
-        np.add.at(cheap, places, np.einsum("goo->go", g))
-        return {name: storing.small(name, wanted, cheap, base**2 / 12 * math.prod(layer.shape) / 100)}
+        if self._keep:
+            return {name: Tensor.of(name, wanted)}
+        step = step_of(wanted, base, float(np.einsum("goo->", g)) / max(1, flat.size))
+        return {name: storing.small(name, wanted, step, self._effort)}
 
     def _alone(self, entry: Entry, base: float) -> tuple[LayerResult, dict[str, Entry]]:
         """A weight that is in no layer: by its sensitivity alone."""
         x = self._original[entry.name].astype(np.float32)
         per_weight = self._noise_cost(entry.name, None, 1)
-        largest = float(np.abs(x).max()) or 1.0
-        step = min(base / math.sqrt(per_weight), largest / _COARSEST) if per_weight > 0 else largest / _COARSEST
-        most = _INT8 if self._keep else LARGEST_CODE
-        step = float(np.float32(max(step, largest / most, float(np.finfo(np.float32).tiny))))
-        codes = np.rint(x / step).astype(np.int32).reshape(x.shape[0], -1)
-        rows, columns = (np.zeros(n, np.int8) for n in codes.shape)
-        place = Layout(x.shape, (0,), rows.astype(np.int64)[None], rows.astype(np.int64), None)
+        step = max(step_of(x, base, per_weight), float(np.abs(x).max()) / (_INT8 if self._keep else LARGEST_CODE))
         if self._keep:
-            made = storing.int8(entry.name, x.shape, codes, np.array([step], np.float32), ())
+            codes = np.rint(x / np.float32(step)).astype(np.int32).reshape(x.shape[0], -1)
+            made: Entry = storing.int8(entry.name, x.shape, codes, np.array([step], np.float32), ())
         else:
-            made = storing.on_grid(entry.name, x.shape, codes, step, rows, columns, place, self._effort)
+            made = storing.small(entry.name, x, step, self._effort)
         self._graph.put(entry.name, made.array)
         bits = 8 * made.size_bytes / max(1, entry.size)
         note = "by sensitivity alone: the graph does not use it as a linear layer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,10 +14,14 @@ from shrink.model import DTYPES, Entry, Quantized, Tensor
 from shrink.quantizers import Quantizer, by_mode
 from shrink.steps import Step
 
-__all__ = ["int8", "on_grid", "small"]
+__all__ = ["alone", "int8", "on_grid", "small"]
 
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
+
+# The largest code of 8 bits that has a negative one, and of those that are entropy-coded.
+_INT8, _LARGEST_CODE = 127, 32000
+# How much smaller the description of a tensor becomes.
+_DEFLATED = 6
 
 
 def on_grid(
@@ -46,12 +51,37 @@ def int8(name: str, shape: tuple[int, ...], codes: NDArray[np.int32], steps: F32
     return Quantized.of(name, DTYPES["F32"], shape, (Step("affine.1", params),), payload)
 
 
-def small(name: str, values: F32, cost_of_one: F64, at_most: float) -> Entry:
-    """A small tensor in float16 where its rounding costs at most so much, else in float32."""
+def small(name: str, values: F32, step: float, effort: int) -> Entry:
+    """A tensor with one step for all its values, in whichever form takes least: codes, entropy-coded or not, or
+    float16, where that is as near; else it is kept."""
+    if values.size and (values == values.flat[0]).all():
+        return Quantized.of(name, DTYPES["F32"], values.shape, (Step("fill.1", {"value": float(values.flat[0])}),), b"")
+    found: list[Entry] = [Tensor.of(name, values)]
     half: Quantizer = by_mode("float16")
     made = half.quantize(name, values)
-    if isinstance(made, Quantized):
-        error = (made.array.astype(np.float64) - values).reshape(-1)
-        if float(np.sum(cost_of_one * error**2)) <= at_most:
-            return made
-    return Tensor.of(name, values)
+    if isinstance(made, Quantized) and np.abs(made.array.astype(np.float64) - values).max(initial=0) <= step / 2:
+        found.append(made)
+    largest = float(np.abs(values).max(initial=0)) / step
+    if largest <= _INT8:
+        scale = np.float32(step)
+        codes = np.rint(values / scale).clip(-_INT8, _INT8).astype(np.int32)
+        found.append(int8(name, values.shape, codes, np.array([scale]), ()))
+    if largest <= _LARGEST_CODE:
+        found.append(alone(name, values, step, effort))
+    return min(found, key=_whole_size)
+
+
+def _whole_size(entry: Entry) -> int:
+    """With what describes it, deflated beside others of the kind."""
+    if isinstance(entry, Tensor):
+        return entry.size_bytes
+    said = json.dumps([[step.name, dict(step.params)] for step in entry.steps])
+    return entry.size_bytes + len(said) // _DEFLATED
+
+
+def alone(name: str, values: F32, step: float, effort: int) -> Quantized:
+    """Codes with one step for all of them, entropy-coded."""
+    codes = np.rint(values / step).astype(np.int32).reshape(values.shape[0], -1)
+    rows, columns = (np.zeros(n, np.int8) for n in codes.shape)
+    place = Layout(values.shape, (0,), rows.astype(np.int64)[None], rows.astype(np.int64), None)
+    return on_grid(name, values.shape, codes, step, rows, columns, place, effort)

@@ -14,6 +14,7 @@ from shrink.calibrate.calibrated import Calibrator, Result
 from shrink.calibrate.inputs import Calibration
 from shrink.calibrate.quality import Quality
 from shrink.calibrate.resuming import Store, identity_of
+from shrink.calibrate.vectors import Note
 from shrink.errors import BoundNotMet, UsageError
 from shrink.export import Network
 from shrink.model import Entry, Model
@@ -183,7 +184,7 @@ def merged(model: Model, entries: Entries) -> Iterator[Entry]:
 
 
 def changes(model: Model, decisions: Mapping[str, Decision], result: Result) -> list[Change]:
-    """What happened to each tensor of the model."""
+    """What happened to each tensor of the model. Errors are those of rounding, not of what was moved elsewhere."""
     notes = {layer.tensor: layer.note for layer in result.layers}
     out = []
     for tensor in model.tensors:
@@ -194,11 +195,12 @@ def changes(model: Model, decisions: Mapping[str, Decision], result: Result) -> 
             reason = decision.reason if isinstance(decision, Kept) else "the graph does not use it"
             out.append(Change(tensor.name, tensor.shape, "kept", reason, original, None))
             continue
-        mode = "calibrated" if tensor.name in notes else "bias"
-        note = notes.get(tensor.name, "took over the mean error")
-        if tensor.name in result.halved:
-            mode, note = "float16", "one number per channel (a bias or batch-norm value)"
-        out.append(Change(tensor.name, tensor.shape, mode, note, original, difference(tensor.array, entry.array)))
+        found = result.notes.get(tensor.name) or Note("bias", "took over the mean error")
+        if tensor.name in notes:
+            found = Note("calibrated", notes[tensor.name])
+        before = result.moved.get(tensor.name, tensor.array)
+        lost = difference(before.reshape(tensor.shape), entry.array)
+        out.append(Change(tensor.name, tensor.shape, found.mode, found.why, original, lost))
     return out
 
 

@@ -41,7 +41,7 @@ _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, struct.error),
 )
 # What is stored changes with this.
-_VERSION = "3"
+_VERSION = "4"
 
 
 def identity_of(

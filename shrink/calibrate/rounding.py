@@ -403,7 +403,8 @@ def _largest_of(values: F64 | I32, kind: NDArray[np.intp], kinds: int) -> F64:
 
 def _as_float32(scale: float, exponents: NDArray[np.int64]) -> tuple[float, NDArray[np.int64]]:
     """The nearest scale and exponents whose steps are neither 0 nor infinite."""
-    scale = float(np.float32(min(max(scale, 2.0**_LEAST_LOG), 2.0**_LARGEST_LOG)))
+    # Three digits are near enough, and short to write.
+    scale = float(f"{min(max(scale, 2.0**_LEAST_LOG), 2.0**_LARGEST_LOG):.3g}")
     log = math.log2(scale)
     return scale, np.clip(exponents, math.ceil(2 * (_LEAST_LOG - log)), math.floor(2 * (_LARGEST_LOG - log)))
 

@@ -81,6 +81,10 @@ class Graph:
         """Whether the graph uses this tensor of the model."""
         return tensor in self._of_tensor
 
+    def tensor_of(self, value: str) -> str | None:
+        """The tensor of the model that the graph has under this name."""
+        return self._initializer_of.get(value)
+
     def _put(self, tensor: str, values: Array, slot: TensorProto) -> None:
         if values.size != math.prod(slot.dims):
             raise BadInput(f"its shape is {list(values.shape)}, the graph's is {list(slot.dims)}", tensor=tensor)

@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shrink.calibrate._linear import RECURRENT
 from shrink.calibrate._positions import States, Vectors
 from shrink.calibrate._unrolled import Gates, unrolled
 from shrink.calibrate._views import Spread
 from shrink.calibrate.gradients import differentiated
-from shrink.calibrate.layers import Layer, Use
+from shrink.calibrate.layers import Layer, Use, graphs_of, used_in
 from shrink.calibrate.running import Graph
 from shrink.errors import BadInput
 
 if TYPE_CHECKING:
     from onnx import NodeProto
 
-__all__ = ["by_gradients", "by_noise", "output_rows"]
+__all__ = ["by_gradients", "by_noise", "output_rows", "smooth"]
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
@@ -170,6 +171,33 @@ def _blocks(layer: Layer, node: NodeProto, value: F32) -> F32:
     order = [1, *phases, 0, *(2 + 2 * axis for axis in range(axes))]
     laid: F32 = blocks.transpose(order).reshape(layer.groups, layer.outputs, -1)
     return laid
+
+
+# Operators and which of their inputs are added or multiplied by: a small error there is a small one of the outputs.
+_SMOOTH: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Add", "Sub", "Mul"), (0, 1)),
+    **dict.fromkeys((f"{name}Normalization" for name in ("Batch", "Instance", "Layer", "Group")), (1, 2)),
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (2,)),
+    **dict.fromkeys(RECURRENT, (3,)),
+    "PRelu": (1,),
+}
+
+
+def smooth(graph: Graph) -> set[str]:
+    """The tensors that the graph only adds or multiplies by: not a variance, nor a number of which a root is taken."""
+    found: set[str] = set()
+    others: set[str | None] = set()
+    for node in graph.proto.graph.node:
+        places = _SMOOTH.get(node.op_type, ()) if node.domain in ("", "ai.onnx") else ()
+        for place, name in enumerate(node.input):
+            tensor = graph.tensor_of(name)
+            if tensor is not None and place in places:
+                found.add(tensor)
+            else:
+                others.add(tensor)
+        for inner in graphs_of(node):
+            others.update(map(graph.tensor_of, used_in(inner)))
+    return found - others
 
 
 def by_noise(

@@ -39,6 +39,8 @@ def pack(quantized: Quantized, level: int) -> Quantized:
     The byte steps that undo the packing go in front of the tensor's own chain, which must be a bare value step.
     """
     payload = quantized.payload
+    if not payload:
+        return quantized
     best: Packed = (payload, ())
     patient = len(payload) <= _SMALL or level >= _PATIENT_LEVEL
     for data, steps in _arrangements(quantized, np.frombuffer(payload, np.uint8), patient):

@@ -6,7 +6,7 @@
 import { ARRAYS, countOf } from "./dtypes.js";
 import { LoadError } from "./errors.js";
 import { inflate } from "./inflate.js";
-import { affine, cast, codebook, isSane } from "./values.js";
+import { affine, cast, codebook, fill, isSane } from "./values.js";
 
 const WIDEST_ITEM = 1 << 24;
 
@@ -20,6 +20,7 @@ const BYTE_STEPS = new Map([
 ]);
 const VALUE_STEPS = new Map([
   ["cast.1", cast],
+  ["fill.1", fill],
   ["codebook.1", codebook],
   ["affine.1", affine],
   ["grid.1", later("grid")],

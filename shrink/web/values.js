@@ -1,4 +1,4 @@
-/** The value steps: cast.1, codebook.1, affine.1. */
+/** The value steps: cast.1, fill.1, codebook.1, affine.1. */
 import { ARRAYS, countOf, isHalf, storedWidth } from "./dtypes.js";
 import { EIGHTBIT } from "./eightbit.js";
 import { LoadError } from "./errors.js";
@@ -60,6 +60,14 @@ function bitsOfHalf(half) {
 /** Whether a value is a number that arithmetic can be done with. */
 export function isSane(value) {
   return typeof value === "number" && Math.abs(value) <= LARGEST_NUMBER;
+}
+
+export function fill(bytes, params, { dtype, shape }) {
+  const value = Math.fround(params.number("value"));
+  params.done();
+  if (bytes.length) throw params.bad(`${bytes.length} bytes are there where none belong`);
+  if (!(Math.abs(value) < Infinity)) throw params.bad("value is too large for float32");
+  return convert(new Float32Array(countOf(shape)).fill(value), "F32", dtype, params);
 }
 
 export function codebook(bytes, params, { dtype }) {
