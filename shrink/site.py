@@ -95,13 +95,20 @@ def _shape(info: ValueInfoProto, asked: tuple[int, ...] | None, source: Path) ->
             raise UsageError(
                 f"the model leaves the shape of its input {name} open{_said(dims) if known else ''}",
                 file=source,
-                hint=f"give it: --input {name}=1,3,224,224",
+                hint=f"give it, as in --input {name}={_example(dims)}",
             )
         return shape
     if known and (len(asked) != len(dims) or any(m not in (n, None) for n, m in zip(asked, dims, strict=True))):
         text = ",".join(map(str, asked))
         raise UsageError(f"--input {text} does not fit the input {name}{_said(dims)}", file=source)
     return asked
+
+
+def _example(dims: list[int | None]) -> str:
+    """A shape that fits, of a picture where any does."""
+    picture = (1, 3, 224, 224)
+    usual = picture if len(dims) in (0, len(picture)) else (1, *[64] * (len(dims) - 1))
+    return ",".join(str(n or other) for n, other in zip(dims or usual, usual, strict=True))
 
 
 def _said(dims: list[int | None]) -> str:
