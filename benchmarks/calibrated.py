@@ -49,12 +49,12 @@ from shrink.calibrate import quality, search
 from shrink.calibrate.calibrated import Calibrator, Result
 from shrink.calibrate.quantizing import chosen_of, merged
 from shrink.calibrate.running import Graph
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.errors import BoundNotMet, MissingDependency, ShrinkError
 from shrink.formats import onnx as onnx_format
 from shrink.model import Entry
 from shrink.pipeline import drop_state
 from shrink.quantizers import Kept
-from shrink.steps import EIGHTBIT_TABLE
 
 Array = NDArray[Any]
 

@@ -152,6 +152,13 @@ def trials(names: list[str]) -> list[str]:
     return names or [name for name in TRIALS if name != "unet"]
 
 
+def _made_up(network: Network, **options: Any) -> Calibration:
+    """What commands calibrate on where nobody says on what."""
+    from shrink.cli_calibrate import Calibrating, calibration_of
+
+    return calibration_of(network, Calibrating(**options))
+
+
 def _of_chainer(name: str, folder: Path, shape: tuple[int, ...]) -> Network:
     (subject,) = chosen([name])
     path = subject.weights(folder)
@@ -206,7 +213,7 @@ def _on_pictures(name: str, folder: Path, channels: int) -> Trial:
         network,
         _of_chainer(name, folder, (1, channels, 128, 128)),
         {
-            _DEFAULT: inputs.calibration(wanted),
+            _DEFAULT: _made_up(network),
             _PICTURES: inputs.calibration(wanted, files=_photographs_in(folder)),
         },
         shown,
@@ -228,7 +235,7 @@ def _cdcgan(folder: Path) -> Trial:
         network,
         network,
         {
-            _DEFAULT: inputs.calibration(wanted),
+            _DEFAULT: _made_up(network),
             "normal,onehot:10": inputs.calibration(wanted, distribution="normal,onehot:10"),
         },
         np.concatenate([noise, labels], axis=1),
@@ -242,13 +249,12 @@ def _unet(folder: Path) -> Trial:
 
     network = _of_chainer("unet", folder, (1, 3, 256, 256))
     wanted = inputs.inputs_of(network)
-    of_range = {"input_range": (-1.0, 1.0), "count": 16}
     return Trial(
         network,
         network,
         {
-            _DEFAULT: inputs.calibration(wanted, **of_range),  # type: ignore[arg-type]
-            _PICTURES: inputs.calibration(wanted, files=_photographs_in(folder), **of_range),  # type: ignore[arg-type]
+            _DEFAULT: _made_up(network, input_range="-1,1", samples=16),
+            _PICTURES: inputs.calibration(wanted, files=_photographs_in(folder), input_range=(-1.0, 1.0), count=16),
         },
         2 * _photographs(256) - 1,
         "six pieces of scikit-learn's two photographs; the weights are random",
@@ -272,7 +278,7 @@ def _of_zoo(name: str, folder: Path) -> Trial:
     return Trial(
         network,
         network,
-        {_DEFAULT: inputs.calibration(wanted, tokens=inputs.vocabulary(network)), "on inputs of its own": own},
+        {_DEFAULT: _made_up(network), "on inputs of its own": own},
         found.evaluation[:_EVALUATED],
         f"{min(len(found.evaluation), _EVALUATED)} inputs that it was not trained on",
         by_cosine=name == "keras-lstm",

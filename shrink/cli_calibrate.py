@@ -12,6 +12,7 @@ import click
 
 from shrink.errors import UsageError
 from shrink.export import Network
+from shrink.terminal import bar
 
 if TYPE_CHECKING:
     from shrink.calibrate.inputs import Calibration
@@ -74,9 +75,9 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
         UsageError: options that do not belong together, or do not fit the network.
         BadInput: files that hold something else.
         OutputError: files are missing or cannot be read.
-        MissingDependency: onnx is not installed; or there is a folder, and Pillow is not.
+        MissingDependency: onnx or onnxruntime is not installed; or there is a folder, and Pillow is not.
     """
-    from shrink.calibrate import inputs
+    from shrink.calibrate import inputs, matching
 
     if network.model.graph is None:
         raise UsageError(
@@ -84,7 +85,7 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
             file=network.model.source.path,
             hint="give an ONNX file, or a network in Python as FILE.py:NAME",
         )
-    return inputs.calibration(
+    made = inputs.calibration(
         inputs.inputs_of(network),
         files=options.calibrate,
         distribution=options.input_distribution,
@@ -93,6 +94,8 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
         input_range=inputs.parse_range(options.input_range) if options.input_range is not None else None,
         tokens=inputs.vocabulary(network),
     )
+    with bar("making inputs") as progress:
+        return matching.matched(network, made, progress)
 
 
 def _are_small(network: Network) -> bool:

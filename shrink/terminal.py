@@ -26,11 +26,16 @@ def bar(label: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield lambda name, done, total: None
         return
-    with click.progressbar(length=1, label=label, file=sys.stderr, item_show_func=lambda item: item) as bar:
+    with contextlib.ExitStack() as shown:
+        bars: list[Any] = []
 
         def show(name: str, done: int, total: int) -> None:
-            bar.length = max(total, 1)
-            bar.update(done - bar.pos, printable(name)[:40])
+            # Work that is nothing after all shows nothing.
+            if not bars:
+                made = click.progressbar(length=1, label=label, file=sys.stderr, item_show_func=lambda item: item)
+                bars.append(shown.enter_context(made))
+            bars[0].length = max(total, 1)
+            bars[0].update(done - bars[0].pos, printable(name)[:40])
 
         yield show
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors",),
     ("metrics", "wasm"),
-    ("entropy",),
+    ("codebooks", "entropy"),
     ("steps", "files", "progress", "registry"),
     ("model", "serve", "terminal"),
     ("coders",),

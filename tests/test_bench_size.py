@@ -22,10 +22,10 @@ import shrink
 from shrink import given as given_network
 from shrink import manifest
 from shrink.bench import Variant, peers, size, variants
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.errors import BadInput, UsageError
 from shrink.progress import silent
 from shrink.serve import Server
-from shrink.steps import EIGHTBIT_TABLE
 from tests import pages
 from tests.browser import chromium
 from tests.pages import PACKAGE, needs_chainer, needs_package

@@ -13,12 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from shrink import container, formats
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.coders import pack
 from shrink.errors import BadInput, MissingDependency, OutputError, ShrinkError, UsageError
 from shrink.formats import _onnx_write
 from shrink.formats import onnx as format_onnx
 from shrink.model import DTYPES, Entry, Model, Quantized, Tensor
-from shrink.steps import EIGHTBIT_TABLE, Step, groups
+from shrink.steps import Step, groups
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

@@ -11,8 +11,8 @@ import pytest
 
 import shrink
 from benchmarks.peers import webdnn_decode, webdnn_encoder
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.pipeline import drop_state
-from shrink.steps import EIGHTBIT_TABLE
 from tests.command import run
 
 

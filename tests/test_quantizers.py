@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import shrink
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.coders import pack
 from shrink.errors import UsageError
 from shrink.model import Quantized
 from shrink.quantizers import Kept, Quantizer, by_mode, eightbit, modes
-from shrink.steps import EIGHTBIT_TABLE
 
 F32 = NDArray[np.float32]
 MODES = sorted(modes())

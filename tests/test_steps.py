@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.errors import BadInput
 from shrink.model import DTYPES
-from shrink.steps import EIGHTBIT_TABLE, TRELLIS, Step, decode, trellised
+from shrink.steps import TRELLIS, Step, decode, trellised
 
 GOLDEN = Path(__file__).parent / "golden" / "steps"
 STEPS = [

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from shrink import formats
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.errors import BadInput, OutputError, ShrinkError, UsageError
 from shrink.formats import _webdnn_read, safetensors, webdnn
 from shrink.model import DTYPES, Entry, Model, Quantized, Source, Tensor
-from shrink.steps import EIGHTBIT_TABLE, Step
+from shrink.steps import Step
 from tests.browser import chromium, serve
 from tests.samples import webdnn as sample
 

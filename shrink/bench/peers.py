@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from shrink.bench.plan import Variant
 from shrink.bench.size import gzip
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.errors import MissingDependency, ShrinkError, printable
 from shrink.files import file_size
 from shrink.formats import onnx as onnx_format
@@ -23,7 +24,6 @@ from shrink.formats._onnx_proto import Reader, parse
 from shrink.model import Entry
 from shrink.networks.legacy import import_webdnn
 from shrink.progress import Progress
-from shrink.steps import EIGHTBIT_TABLE
 
 __all__ = [
     "peers",

@@ -55,6 +55,7 @@ _LARGE_OUTPUT, _LARGE_SAMPLES, _LARGE_PROBES = 4096, 8, 1
 _SAMPLES = 64
 # The step at which each layer is rounded alone, to see what it costs, and the most that this is taken to change.
 _WEIGHED_AT, _WEIGHED_AT_MOST = 2.0**-7, 32.0
+_NO_COST = 1e-200
 # How far preparing is, in per cent, when each of its parts begins.
 _PREPARING = (0, 10, 30, 100)
 # The values kept of all layers' inputs, once as they were and once as they are.
@@ -279,7 +280,7 @@ class Calibrator:
         _, made = self._layer(layer, _WEIGHED_AT * math.sqrt(12 / self.weights), known)
         for name, entry in made.items():
             self._graph.put(name, entry.array)
-        found = self._cost_of_all()
+        found = self._typical_cost()
         for name in made:
             self._graph.put(name, self._original[name])
         expected = _WEIGHED_AT**2 * math.prod(layer.shape) / self.weights
@@ -291,9 +292,11 @@ class Calibrator:
         begin, end = _PREPARING[part : part + 2]
         self._progress(name, int(begin + (end - begin) * share), _PREPARING[-1])
 
-    def _cost_of_all(self) -> float:
+    def _typical_cost(self) -> float:
+        """The geometric mean over samples: one whose outputs tip over, as those of a recurrent network may, says little
+        about the others."""
         found = [cost(a, b, self.peaks) for a, b in zip(self.outputs, self._run(self._checks), strict=True)]
-        return math.fsum(found) / len(found)
+        return math.exp(math.fsum(math.log(max(each, _NO_COST)) for each in found) / len(found))
 
     def _by_noise(self, layer: Layer) -> F64:
         moments = Covariance(layer, positions_at_most=self._positions(layer), seed=self._seed)
@@ -309,7 +312,7 @@ class Calibrator:
 
         def error(weights: Array) -> float:
             self._graph.put(tensor, weights)
-            found = self._cost_of_all()
+            found = self._typical_cost()
             self._graph.put(tensor, original)
             return found
 

@@ -51,6 +51,8 @@ Array = NDArray[Any]
 _BYTES_AT_MOST = 1 << 31
 # Synthetic pictures beside the user's own: a quarter of all, where these are the usual 64 of which 48 are fitted.
 _ADDED = 16
+# Kinds of values that may be any others: not those that only have some.
+_FREE = ("pictures", "normal")
 # Fewer kinds of tokens than this are no alphabet, but classes.
 _LETTERS = 20
 _RANGE_HINT = "write --input-range -1,1 or 0,255"
@@ -61,12 +63,13 @@ class Calibration:
     """What to calibrate on. `source` is for messages: "images.npz", "12 pictures in photos", "normal,onehot:10".
 
     `added` are synthetic pictures beside the user's own, from which a network may learn what these happen not to show;
-    nothing is measured on them.
+    nothing is measured on them. `free` are the inputs whose values nobody asked for: others may do as well or better.
     """
 
     samples: tuple[Values, ...]
     source: str
     added: tuple[Values, ...] = ()
+    free: frozenset[str] = frozenset()
 
 
 def calibration(
@@ -132,7 +135,11 @@ def calibration(
             said.append(",".join(map(str, entries)))
     samples = tuple({i.name: c[n] for i, c in zip(inputs, columns, strict=True)} for n in range(count))
     made = Calibration(samples, (", " if any(is_pictures) else ",").join(said))
-    return made if folder is None else _with_added(made, inputs, seed)
+    if folder is not None:
+        return _with_added(made, inputs, seed)
+    kinds = {i.name: entries[0].kind for i, entries in zip(inputs, entries_of, strict=True)}
+    asked_for = distribution is not None
+    return replace(made, free=frozenset(() if asked_for else (n for n, kind in kinds.items() if kind in _FREE)))
 
 
 def vocabulary(network: Network) -> dict[str, int]:

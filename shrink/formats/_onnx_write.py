@@ -13,10 +13,11 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shrink.codebooks import TABLES
 from shrink.errors import BadInput
 from shrink.formats._onnx_proto import AT_MOST_BYTES, NAMED_DTYPES, Names, library
 from shrink.model import Entry, Quantized, plain_values
-from shrink.steps import DTYPES, TABLES, decode_bytes, from_bfloat16, groups
+from shrink.steps import DTYPES, decode_bytes, from_bfloat16, groups
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto

@@ -35,6 +35,7 @@ import deflate
 import numpy as np
 from numpy.typing import NDArray
 
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.errors import BadInput, OutputError, UsageError, printable
 from shrink.files import atomic_folder, io_errors
 from shrink.formats._webdnn_read import (
@@ -56,7 +57,7 @@ from shrink.formats._webdnn_read import (
     read,
 )
 from shrink.model import DTYPES, Entry, Model, Tensor
-from shrink.steps import EIGHTBIT_TABLE, decode_bytes
+from shrink.steps import decode_bytes
 
 SUFFIX = ""
 HOLDS = frozenset({"float32", "eightbit"})

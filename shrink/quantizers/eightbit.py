@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shrink.codebooks import EIGHTBIT_TABLE
 from shrink.model import DTYPES, Quantized
-from shrink.steps import EIGHTBIT_TABLE, Step
+from shrink.steps import Step
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -22,7 +22,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from shrink.steps import EIGHTBIT_TABLE
+from shrink.codebooks import EIGHTBIT_TABLE
 from tests import setup
 
 WEB = setup.ROOT / "shrink" / "web"
