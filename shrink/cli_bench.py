@@ -16,7 +16,18 @@ import click
 from tabulate import tabulate
 
 from shrink import formats, given
-from shrink.bench import BACKENDS, MODES, NETWORKS, BrowserOptions, Inputs, Plan, document, measure, summary, wording
+from shrink.bench import (
+    BACKENDS,
+    MODES,
+    NETWORKS,
+    BrowserOptions,
+    Inputs,
+    Plan,
+    document,
+    measure,
+    summary,
+    wording,
+)
 from shrink.bench.document import RUNS_AT_MOST
 from shrink.cli_shared import command_line, debug_option, json_option
 from shrink.errors import MissingDependency, OutputError, ShrinkError, UsageError, printable
@@ -157,7 +168,7 @@ def bench_command(
 @json_option
 @debug_option
 def report_command(data: Path, output: Path | None, force: bool, as_json: bool) -> None:
-    """Make the page of DATA.json, which `shrink bench` wrote, again. Nothing is measured.
+    """Make the page of DATA.json, which `shrink bench` or `shrink curve` wrote, again. Nothing is measured.
 
     \b
     Example:
@@ -167,6 +178,11 @@ def report_command(data: Path, output: Path | None, force: bool, as_json: bool) 
     # What was rendered may be rendered again.
     _check_outputs([page], [data], force or _is_report(page))
     _needs_templates()
+    from shrink.bench import curve
+
+    if curve.is_one(data):
+        _draw_curve(data, page, as_json)
+        return
     found = document.read(data)
     _write_page(found, page)
     _show(found, [], page, data, as_json)
@@ -268,6 +284,16 @@ def _write_page(found: Document, page: Path) -> None:
     text = report.render(found)
     with atomic_file(page) as out:
         out.write(text.encode())
+
+
+def _draw_curve(data: Path, page: Path, as_json: bool) -> None:
+    from shrink.bench import curve, curve_page
+
+    found = curve.read(data)
+    with atomic_file(page) as out:
+        out.write(curve_page.render(found).encode())
+    written = f"Written: {printable(page, at_most=1000)} ({in_words(size_on_disk(page))})"
+    emit(found, [], [], [curve_page.headline(found), written], as_json, None)
 
 
 # What is said

@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shrink.bench.curve import CALIBRATED, checked
+from shrink.bench.curve import CALIBRATED, checked, write
 from shrink.bench.curve_page import headline, render, share_at
 from shrink.bench.markup import AT_MOST_BYTES
 from shrink.errors import BadInput
 from tests.browser import chromium
+from tests.command import run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -262,6 +263,23 @@ def test_a_large_document_loses_its_data_first_and_then_layers() -> None:
     many = sample(*(calibrated(0.1 + n / 1000, 40 + n / 50, 0.01 + n / 1e4, layers=200) for n in range(400)))
     with pytest.raises(BadInput, match="more than a page"):
         render(many)
+
+
+def test_shrink_report_draws_it_again(tmp_path: Path) -> None:
+    data, page = tmp_path / "curve.json", tmp_path / "curve.html"
+    write(sample(), data)
+    outcome = run("report", data)
+    assert outcome.code == 0, outcome.stderr
+    assert page.read_text(encoding="utf-8") == render(sample())
+    assert outcome.stdout.splitlines()[0] == headline(sample())
+    assert f"Written: {page}" in outcome.stdout
+    said = json.loads(run("report", data, "--json").stdout)
+    assert said == sample()
+    data.write_text('{"shrink_curve": 2}')
+    outcome = run("report", data, "-o", tmp_path / "other.html")
+    assert outcome.code == 3
+    assert "curve.json: it is a document of another version than 1" in outcome.stderr
+    assert not (tmp_path / "other.html").exists()
 
 
 # --- In a browser ----------------------------------------------------------------------------------------------

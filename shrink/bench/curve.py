@@ -33,7 +33,19 @@ if TYPE_CHECKING:
     from shrink.calibrate.inputs import Calibration
 from shrink.calibrate.quality import Quality
 
-__all__ = ["CALIBRATED", "MODES", "POINTS", "Plan", "as_bytes", "checked", "measure", "read", "steps_around", "write"]
+__all__ = [
+    "CALIBRATED",
+    "MODES",
+    "POINTS",
+    "Plan",
+    "as_bytes",
+    "checked",
+    "is_one",
+    "measure",
+    "read",
+    "steps_around",
+    "write",
+]
 
 Document = dict[str, Any]
 OnDocument = Callable[[Document], None]
@@ -328,6 +340,15 @@ class _Watch:
 
 
 # The document
+
+
+def is_one(path: Path) -> bool:
+    """Whether this is JSON that says that it is a curve. Raises OutputError where it cannot be read."""
+    try:
+        value = json.loads(read_all(path, at_most=_AT_MOST_BYTES))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and "shrink_curve" in value
 
 
 def read(path: Path) -> Document:

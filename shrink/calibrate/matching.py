@@ -82,6 +82,13 @@ def matched(network: Network, calibration: Calibration, progress: Progress = sil
     found = _norms(graph)
     if not found:
         return calibration
+    each = _RUNS * (_PER_RUN + _multiplications(graph, layers(network.model), samples[0]))
+    count = len(samples)
+    if _LEAST_STEPS * count * each > _MULTIPLICATIONS:
+        count = min(count, _FEW_SAMPLES)
+    steps = min(_STEPS, _MULTIPLICATIONS // (count * each))
+    if steps < _LEAST_STEPS:
+        return calibration
     types = {name: value.dtype for name, value in samples[0].items()}
     forwards = graph.program(types, [norm.value for norm in found])
     first = {**samples[0], **forwards.run(samples[0])}
@@ -89,13 +96,6 @@ def matched(network: Network, calibration: Calibration, progress: Progress = sil
     norms = [norm for norm in norms if first[norm.value].shape[1] == norm.mean.size]
     backwards = _backwards(graph, {norm.value: first[norm.value] for norm in norms}, inputs)
     if backwards is None:
-        return calibration
-    each = _RUNS * (_PER_RUN + _multiplications(graph, layers(network.model), samples[0]))
-    count = len(samples)
-    if _LEAST_STEPS * count * each > _MULTIPLICATIONS:
-        count = min(count, _FEW_SAMPLES)
-    steps = min(_STEPS, _MULTIPLICATIONS // (count * each))
-    if steps < _LEAST_STEPS:
         return calibration
     way = _Way(inputs, norms, forwards, backwards)
     changed = _descended(samples[:count], way, steps, progress)
