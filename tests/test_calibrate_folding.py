@@ -227,6 +227,20 @@ LEFT = [
         rows,
     ),
     Case(
+        "numbers for every place and not for channels",
+        [node("Conv", ["x", "w"], ["c"]), batch_norm("c", "y", spatial=0)],
+        {"w": W, **{name: np.abs(normal(6, 4, 3, seed=place)) for place, name in enumerate(norm(6))}},
+        {},
+        opset=8,
+    ),
+    Case(
+        "a tensor that is put out as well",
+        [conv, batch_norm("c", "y")],
+        {"w": W, **norm(6)},
+        {},
+        outputs=("y", "n/γ"),
+    ),
+    Case(
         "a layer norm that something else sees",
         [node("LayerNormalization", ["x", "γ", "β"], ["n"]), *dense("n", "y"), node("Relu", ["n"], ["z"])],
         {**square, **scale},

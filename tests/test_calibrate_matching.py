@@ -149,7 +149,7 @@ def test_it_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None
     """Fewer samples where these take too long, and none where even those do."""
     network = small(norm, **parts())
     before = made_up(network, 40)
-    each = matching._RUNS * matching._PER_RUN
+    each = matching._RUNS * (matching._PER_RUN + matching._PER_VALUE * 3 * 8 * 8)
     monkeypatch.setattr(matching, "_MULTIPLICATIONS", 40 * matching._LEAST_STEPS * each)
     assert len(matching.matched(network, before).samples) == 40
     monkeypatch.setattr(matching, "_MULTIPLICATIONS", 40 * matching._LEAST_STEPS * each - 1)
@@ -165,11 +165,48 @@ def test_what_gets_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert matching.matched(network, before) is before
 
 
+def test_samples_that_become_all_the_same_are_not_taken() -> None:
+    """The norm expects channels that do not vary."""
+    network = small(norm, **parts(1e-9))
+    before = made_up(network, 8)
+    assert matching.matched(network, before) is before
+
+
+def test_a_dead_channel_is_no_hindrance() -> None:
+    """Its variance is no number of float32 that one may divide by; the other channels are matched all the same."""
+    alive = np.array([0, 1, 1], "f4")
+    tensors = parts()
+    tensors["m"] *= alive
+    tensors["v"][0] = 5.6e-45
+    nodes = [
+        node("Mul", ["x", "alive"], ["z"]),
+        node("BatchNormalization", ["z", "g", "b", "m", "v"], ["y"]),
+    ]
+    network = small(*nodes, alive=alive.reshape(3, 1, 1), **tensors)
+    before = made_up(network, 24)
+    after = matching.matched(network, before)
+    seen = np.concatenate([sample["x"] for sample in after.samples])
+    np.testing.assert_allclose(seen.mean(axis=(0, 2, 3))[1:], tensors["m"][1:], atol=0.01)
+    np.testing.assert_allclose(seen.var(axis=(0, 2, 3))[1:], tensors["v"][1:], atol=0.01)
+
+
+def test_a_network_that_puts_out_its_last_state_only() -> None:
+    """All its states have no name until calibration gives them one."""
+    tensors = {"w": np.ones((1, 16, 8), "f4"), "r": np.ones((1, 16, 4), "f4"), "s": np.array([3, 8, 8])}
+    nodes = [
+        node("BatchNormalization", ["x", "g", "b", "m", "v"], ["n"]),
+        node("Reshape", ["n", "s"], ["t"]),
+        node("LSTM", ["t", "w", "r"], ["", "y"], hidden_size=4),
+    ]
+    network = small(*nodes, **parts(), **tensors)
+    assert matching.matched(network, made_up(network, 8)).source.endswith("matched to 1 batch norm")
+
+
 def test_only_free_inputs_change() -> None:
     """Of two inputs that are alike."""
     proto = made(
         [node("Add", ["x", "z"], ["s"]), node("BatchNormalization", ["s", "g", "b", "m", "v"], ["y"])],
-        {"x": np.zeros((1, 3, 8, 8), "f4"), "z": np.zeros((1, 3, 8, 8), "f4")}, parts(), ["y"], 17,
+        {"x": np.zeros((1, 3, 8, 8), "f4"), "z": np.zeros((1, 3, 8, 8), "f4")}, parts(0.2), ["y"], 17,
     )  # fmt: skip
     network = Network("two", onnx_format.from_proto(proto, Path("model.onnx")), ((1, 3, 8, 8),) * 2)
     before = replace(made_up(network, 8), free=frozenset({"z"}))

@@ -145,6 +145,18 @@ def ids(shape: tuple[int, ...], below: int) -> Callable[[int], Values]:
 
 TOKENS: Mapping[str, tuple[Sequence[int | str], str]] = {"i": ([1, 12], "i8")}
 
+
+def branch(inner: str) -> Any:
+    """A graph inside a node, of the values `h` and `k` outside."""
+    output = helper.make_tensor_value_info(inner, TensorProto.FLOAT, None)
+    return helper.make_graph(
+        [node("Add", "h k", f"{inner}_sum"), node("Relu", f"{inner}_sum", inner)], inner, [], [output]
+    )
+
+
+BRANCH = node("If", "c", "o", then_branch=branch("then"), else_branch=branch("else"))
+
+
 ODD = (
     Odd("plain", *matmul(8, 16, 6)),
     Odd("one sample", *matmul(8, 16, 6), count=1),
@@ -233,6 +245,13 @@ ODD = (
         {"w": normal(8, 16).astype("f8"), "v": normal(16, 6).astype("f8")}, {"x": ([1, 8], "f8")}),
     Odd("open batch", *matmul(8, 16, 6), inputs={"x": (["n", 8], "f4")}),
     Odd("open batch, given", *matmul(8, 16, 6), inputs={"x": (["n", 8], "f4")}, shapes=("5,8",)),
+    Odd("a tensor that nothing uses", matmul(8, 16, 6)[0], {**matmul(8, 16, 6)[1], "unused": normal(16)}),
+    Odd("a branch inside", [node("MatMul", "x w", "h"), BRANCH, node("MatMul", "o v", "y")],
+        {"w": normal(8, 6), "v": normal(6, 6), "c": np.array(True), "k": normal(6)}),
+    Odd("a slope that is not finite",
+        [node("MatMul", "x w", "h"), node("PRelu", "h s", "r"), node("Clip", "r l m", "q"), node("MatMul", "q v", "y")],
+        {"w": normal(8, 6), "v": normal(6, 6), "s": np.array([1, np.inf, 1, 1, 1, 1], "f4"), "l": np.float32(-1),
+         "m": np.float32(1)}, at_least=0),
     Odd("a weight that is an input too", *matmul(8, 16, 6), also_inputs=("w0", "b1")),
     Odd("two outputs", [node("MatMul", "x w", "h"), node("MatMul", "h v", "y"), node("ArgMax", "y", "best", axis=1)],
         {"w": normal(8, 6), "v": normal(6, 6)}, outputs=("h", "best", "y")),

@@ -269,7 +269,7 @@ def _calibrated(model: Model, result: Result, kept: Mapping[str, str], size: _Si
             "tensor": entry.name,
             "shape": list(entry.shape),
             "size_bytes": stored[entry.name],
-            "reason": _reason(entry, result.entries, kept),
+            "reason": _reason(entry, result, kept),
         }
         for entry in model.tensors
         if entry.name not in done
@@ -285,9 +285,10 @@ def _calibrated(model: Model, result: Result, kept: Mapping[str, str], size: _Si
     }
 
 
-def _reason(entry: Entry, made: Mapping[str, Entry], kept: Mapping[str, str]) -> str:
-    if entry.name in made:
-        return "a bias: it takes the mean error of its layer out"
+def _reason(entry: Entry, result: Result, kept: Mapping[str, str]) -> str:
+    if entry.name in result.entries:
+        note = result.note(entry.name)
+        return f"{note.mode}: {note.why}"
     return kept.get(entry.name, "the graph does not use it as a weight")
 
 

@@ -323,7 +323,7 @@ def _kept_table(number: int, point: Point) -> Table | None:
         for entry in kept[:_LAYERS_SHOWN]
     ]
     more = len(kept) - len(rows)
-    caption = f"All other tensors at {_label_of_layers(point)}, and why they are not quantized."
+    caption = f"All other tensors at {_label_of_layers(point)}, and what became of them."
     caption += f" The JSON data has {more} more." if more > 0 else ""
     columns = ("Tensor", "Shape", "Bytes", "Reason")
     return Table(f"kept-{number}", caption, columns, (False, False, True, False), tuple(rows))

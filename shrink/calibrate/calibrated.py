@@ -76,9 +76,13 @@ class Result:
     layers: tuple[LayerResult, ...]
     quality: Quality
     notes: Mapping[str, Note] = field(default_factory=dict)
-    """What became of tensors that are no layer's weights."""
+    """What became of tensors that are neither a layer's weight nor its bias."""
     moved: Mapping[str, Array] = field(default_factory=dict)
     """What tensors were before they were rounded, where numbers had been moved into them or out of them."""
+
+    def note(self, name: str) -> Note:
+        """What became of a tensor that is no layer's weight."""
+        return self.notes.get(name, Note("bias", "took over the mean error"))
 
     @property
     def size_bytes(self) -> int:
@@ -399,7 +403,8 @@ class Calibrator:
             return []
         others = self._corrected.union(self._moved, self._fixed)
         smooth = sensitivity.smooth(self._graph) - others - self._chosen
-        found = [entry for entry in self.network.model.tensors if entry.name in smooth and is_vector(entry)]
+        found = [e for e in self.network.model.tensors if e.name in smooth and is_vector(e)]
+        found = [e for e in found if np.isfinite(self._original[e.name]).all()]
         enough = sum(entry.size for entry in found) * _FEW_VECTORS > self.weights
         return [entry.name for entry in found] if enough else []
 

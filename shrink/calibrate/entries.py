@@ -20,6 +20,8 @@ F32 = NDArray[np.float32]
 
 # The largest code of 8 bits that has a negative one, and of those that are entropy-coded.
 _INT8, _LARGEST_CODE = 127, 32000
+# A larger tensor without bytes is not believed.
+_FILLED_AT_MOST = 1 << 26
 # How much smaller the description of a tensor becomes.
 _DEFLATED = 6
 
@@ -54,7 +56,7 @@ def int8(name: str, shape: tuple[int, ...], codes: NDArray[np.int32], steps: F32
 def small(name: str, values: F32, step: float, effort: int) -> Entry:
     """A tensor with one step for all its values, in whichever form takes least: codes, entropy-coded or not, or
     float16, where that is as near; else it is kept."""
-    if values.size and (values == values.flat[0]).all():
+    if 0 < values.nbytes <= _FILLED_AT_MOST and np.isfinite(values.flat[0]) and (values == values.flat[0]).all():
         return Quantized.of(name, DTYPES["F32"], values.shape, (Step("fill.1", {"value": float(values.flat[0])}),), b"")
     found: list[Entry] = [Tensor.of(name, values)]
     half: Quantizer = by_mode("float16")

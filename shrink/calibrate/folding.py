@@ -28,7 +28,7 @@ from shrink.calibrate.running import Graph
 if TYPE_CHECKING:
     from onnx import NodeProto
 
-__all__ = ["fold"]
+__all__ = ["epsilon_of", "fold"]
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
@@ -45,10 +45,14 @@ def fold(graph: Graph, layers: Sequence[Layer], fixed: frozenset[str]) -> tuple[
     """
     folding = _Folding(graph, layers, fixed)
     for node in folding.nodes:
-        rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        if rule is not None:
+        rule = _RULES.get(node.op_type)
+        if rule is not None and _is(node, node.op_type):
             rule(node, folding)
     return folding.layers, folding.notes
+
+
+def _is(node: NodeProto, operator: str) -> bool:
+    return node.op_type == operator and node.domain in ("", "ai.onnx")
 
 
 class _Folding:
@@ -59,7 +63,7 @@ class _Folding:
         self.layers = list(layers)
         self.notes: dict[str, str] = {}
         self._graph, self._fixed = graph, fixed
-        self._uses = Counter(graph.outputs)
+        self._uses = Counter(graph.put_out)
         self._maker = {name: node for node in self.nodes for name in node.output if name}
         self._taker: dict[str, NodeProto] = {}
         for node in self.nodes:
@@ -112,6 +116,11 @@ class _Folding:
         return True
 
 
+def epsilon_of(norm: NodeProto) -> float:
+    """What a batch norm adds to variances, a number of float32."""
+    return float(np.float32(next((a.f for a in norm.attribute if a.name == "epsilon"), _EPSILON)))
+
+
 def _batch_norm(node: NodeProto, folding: _Folding) -> None:
     own = [folding.own(name) for name in node.input[1:5]]
     names = [name for name in own if name is not None]
@@ -120,10 +129,11 @@ def _batch_norm(node: NodeProto, folding: _Folding) -> None:
         return
     gamma, beta, mean, variance = names
     g, b, m, v = map(folding.flat, names)
-    epsilon = np.float32(next((a.f for a in node.attribute if a.name == "epsilon"), _EPSILON))
+    epsilon = epsilon_of(node)
     # A runtime adds ε to what is stored here: that is to be 1.
-    one = np.float32(1) - epsilon
-    if not (g.shape == b.shape == m.shape == v.shape and (v + epsilon > 0).all() and one > 0):
+    one = np.float32(1) - np.float32(epsilon)
+    plain = g.shape == b.shape == m.shape == v.shape and all(folding.now(name).ndim == 1 for name in names)
+    if not (plain and (v + epsilon > 0).all() and one > 0):
         return
     factor = g / np.sqrt(v + epsilon)
     shift = b - factor * m
@@ -137,7 +147,7 @@ def _batch_norm(node: NodeProto, folding: _Folding) -> None:
         shift = shift + factor * folding.flat(layer.bias)
         constants[layer.bias] = 0.0
     matrix = layer.matrix(folding.now(layer.tensor)) * factor[layer.bias_rows()][..., None]
-    changes = {layer.tensor: layer.weight(matrix), beta: shift}
+    changes: dict[str, Array] = {layer.tensor: layer.weight(matrix), beta: shift}  # type: ignore[arg-type]
     if folding.change(changes, constants, f"moved into {layer.tensor} and {beta}"):
         folding.layers[folding.layers.index(layer)] = replace(layer, bias=beta)
 
@@ -154,7 +164,7 @@ def _before(norm: NodeProto, folding: _Folding) -> Layer | None:
         own_bias = len(node.input) > 2 and node.input[2] != ""
         if taker is norm and own_bias == (layer.bias is not None):
             return layer
-        added = taker is not None and taker.op_type == "Add" and layer.bias is not None and not own_bias
+        added = taker is not None and _is(taker, "Add") and layer.bias is not None and not own_bias
         if added and taker is not None and folding.taker(taker.output[0]) is norm:
             return layer
     return None
@@ -170,7 +180,7 @@ def _added(node: NodeProto, folding: _Folding) -> None:
     """An Add behind a Mul, as a layer norm in single operators ends."""
     for value, shift in (node.input, node.input[::-1]):
         times = folding.maker(value)
-        if times is None or times.op_type != "Mul" or folding.taker(value) is not node:
+        if times is None or not _is(times, "Mul") or folding.taker(value) is not node:
             continue
         factors = [tensor for tensor in map(folding.own, times.input) if tensor is not None]
         if len(factors) == 1:
@@ -215,7 +225,7 @@ def _recurrent(node: NodeProto, folding: _Folding) -> None:
     after = node.op_type == "GRU" and any(a.name == "linear_before_reset" and a.i for a in node.attribute)
     count = hidden * (gates - after)
     second = slice(gates * hidden, gates * hidden + count)
-    made = x.copy()
+    made = x.astype(np.float64)
     made[:, :count] += x[:, second]
     made[:, second] = 0
     folding.change({bias: made}, {}, "")

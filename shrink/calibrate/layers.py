@@ -439,11 +439,14 @@ def graphs_of(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def used_in(graph: GraphProto) -> Iterator[str]:
-    """The names that the nodes and outputs of an inner graph use, and those of graphs inside it."""
-    left = [graph]
+    """The names from outside that the nodes and outputs of an inner graph use, and those of graphs inside it."""
+    left, used, own = [graph], dict[str, int](), set[str]()
     while left:
         inner = left.pop()
-        yield from (item.name for item in inner.output)
+        own.update(item.name for item in (*inner.input, *inner.initializer))
+        used.update((item.name, 0) for item in inner.output)
         for node in inner.node:
-            yield from node.input
+            own.update(node.output)
+            used.update(dict.fromkeys(node.input, 0))
             left += graphs_of(node)
+    return iter([name for name in used if name and name not in own])

@@ -195,9 +195,7 @@ def changes(model: Model, decisions: Mapping[str, Decision], result: Result) -> 
             reason = decision.reason if isinstance(decision, Kept) else "the graph does not use it"
             out.append(Change(tensor.name, tensor.shape, "kept", reason, original, None))
             continue
-        found = result.notes.get(tensor.name) or Note("bias", "took over the mean error")
-        if tensor.name in notes:
-            found = Note("calibrated", notes[tensor.name])
+        found = Note("calibrated", notes[tensor.name]) if tensor.name in notes else result.note(tensor.name)
         before = result.moved.get(tensor.name, tensor.array)
         lost = difference(before.reshape(tensor.shape), entry.array)
         out.append(Change(tensor.name, tensor.shape, found.mode, found.why, original, lost))

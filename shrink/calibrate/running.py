@@ -45,8 +45,10 @@ class Graph:
             dims = info.type.tensor_type.shape.dim
             for dim, n in zip(dims, shape, strict=False):
                 dim.dim_value = n
+        self.put_out = [output.name for output in parse(model.graph or b"", self.file).graph.output]
+        """All that the graph puts out, be they inputs or weights as they are."""
         # Any value can be asked for by its name; as outputs, only the graph's own count.
-        del self.proto.graph.output[len(parse(model.graph or b"", self.file).graph.output) :]
+        del self.proto.graph.output[len(self.put_out) :]
         made = {name for node in self.proto.graph.node for name in node.output}
         for number, output in reversed(list(enumerate(self.proto.graph.output))):
             # An input or a weight that is put out as it is tells nothing about the network.
@@ -132,7 +134,9 @@ class Graph:
         """A program of another graph over the same weights, such as that of the gradients."""
         other = type(proto)()
         other.CopyFrom(proto)
-        slots = list(other.graph.initializer)
+        used = {name for node in other.graph.node for name in _inputs_of(node)} | set(wanted)
+        # ONNX Runtime does not take values for those that nothing uses.
+        slots = [slot for slot in other.graph.initializer if slot.name in used]
         other.graph.ClearField("initializer")
         del other.graph.output[:]
         for name in wanted:

@@ -186,7 +186,7 @@ _SMOOTH: Mapping[str, tuple[int, ...]] = {
 def smooth(graph: Graph) -> set[str]:
     """The tensors that the graph only adds or multiplies by: not a variance, nor a number of which a root is taken."""
     found: set[str] = set()
-    others: set[str | None] = set()
+    others: set[str | None] = {graph.tensor_of(name) for name in graph.put_out}
     for node in graph.proto.graph.node:
         places = _SMOOTH.get(node.op_type, ()) if node.domain in ("", "ai.onnx") else ()
         for place, name in enumerate(node.input):
