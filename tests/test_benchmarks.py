@@ -138,7 +138,7 @@ def test_calibrated_is_measured_beside_the_others(monkeypatch: pytest.MonkeyPatc
     curves = {curve["name"]: curve for curve in found["curves"]}
     assert dict(found["not_measured"])["NNCodec 2.1.3"].startswith("not measured: nncodec 2.1.3 is not in")
     own = curves["calibrated, on inputs of its own"]
-    assert len(own["points"]) == 7
+    assert len(own["points"]) == 9
     for point in own["points"]:
         assert 0 < point["payload"] < point["share"] < 0.25
         assert point["worst_psnr_db"] <= point["mean_psnr_db"]

@@ -58,8 +58,9 @@ _WEIGHED_AT, _WEIGHED_AT_MOST = 2.0**-7, 32.0
 _NO_COST = 1e-200
 # How far preparing is, in per cent, when each of its parts begins.
 _PREPARING = (0, 10, 30, 100)
-# The values kept of all layers' inputs, once as they were and once as they are.
-_HELD_BYTES = 300_000_000
+# The values kept of all layers' inputs, once as they were and once as they are: fewer beside layers with more inputs than
+# `_WIDE`, which take room of their own.
+_HELD_BYTES, _HELD_BESIDE_WIDE, _WIDE = 600_000_000, 300_000_000, 4096
 # Where there are so many weights for each number of vectors, their steps are not worth finding out.
 _FEW_VECTORS = 512
 # The largest code of 8 bits that has a negative one.
@@ -247,11 +248,13 @@ class Calibrator:
         needs = list(dict.fromkeys(name for layer in self._layers for name in layer.needs))
         program = self._graph.program(self._types, needs)
         out: list[Values] = []
+        is_wide = any(layer.inputs > _WIDE and not layer.diagonal for layer in self._layers)
+        most = _HELD_BESIDE_WIDE if is_wide else _HELD_BYTES
         for number, sample in enumerate(self._fits):
             self._prepared("inputs of layers", 0, number / len(self._fits))
             out.append({**program.run(sample), **{name: sample[name] for name in needs if name in sample}})
             held = sum(value.nbytes for value in out[0].values())
-            if (len(out) + 1) * held > _HELD_BYTES:
+            if (len(out) + 1) * held > most:
                 break
         self._fits = self._fits[: len(out)]
         return out
