@@ -269,7 +269,13 @@ def _facts(done: Quantizing, calibration: Calibration) -> dict[str, Any]:
         "worst_psnr_db": finite_or_none(quality.worst_psnr_db),
         "cosine": quality.cosine,
         "synthetic_psnr_db": finite_or_none(done.elsewhere.psnr_db) if done.elsewhere else None,
-        "calibration": {"source": calibration.source, "samples": len(calibration.samples), "held_out": done.held_out},
+        "calibration": {
+            "source": calibration.source,
+            "samples": len(calibration.samples),
+            "held_out": done.held_out,
+            "fitted": done.fitted,
+            "fitted_added": done.fitted_added,
+        },
         "layers": [{**dataclasses.asdict(layer), "shape": list(layer.shape)} for layer in done.result.layers],
     }
 
@@ -283,9 +289,8 @@ def _said(done: Quantizing, calibration: Calibration, made_up: bool) -> list[str
     ]
     source = printable(calibration.source, at_most=400)
     if done.held_out:
-        used = len(calibration.samples) - done.held_out
-        also = f" and {len(calibration.added)} synthetic pictures" if calibration.added else ""
-        lines.append(f"Calibrated on {used} samples{also}, measured on {done.held_out} others ({source}).")
+        also = f" and {done.fitted_added} synthetic pictures" if done.fitted_added else ""
+        lines.append(f"Calibrated on {done.fitted} samples{also}, measured on {done.held_out} others ({source}).")
     else:
         lines.append(f"Calibrated and measured on one sample ({source}): give more to know how it does on others.")
     if done.elsewhere is not None and done.elsewhere.psnr_db < quality.psnr_db - _MUCH_DB:

@@ -110,6 +110,8 @@ def test_the_psnr_is_kept_on_inputs_that_were_held_out(name: str, tmp_path: Path
         "source": "samples.npz",
         "samples": 24,
         "held_out": 6,
+        "fitted": 18,
+        "fitted_added": 16 if name == "residual" else 0,
     }
     # What calibration never saw at all is not much worse.
     assert psnr(zoo, output, zoo.evaluation[:64]) > 35

@@ -58,7 +58,7 @@ _WEIGHED_AT, _WEIGHED_AT_MOST = 2.0**-7, 32.0
 _NO_COST = 1e-200
 # How far preparing is, in per cent, when each of its parts begins.
 _PREPARING = (0, 10, 30, 100)
-# The values kept of all layers' inputs, once as they were and once as they are: fewer beside layers with more inputs than
+# The values kept of all layers' inputs, once as they were and once as they are: fewer beside layers of more inputs than
 # `_WIDE`, which take room of their own.
 _HELD_BYTES, _HELD_BESIDE_WIDE, _WIDE = 600_000_000, 300_000_000, 4096
 # Where there are so many weights for each number of vectors, their steps are not worth finding out.
@@ -175,6 +175,11 @@ class Calibrator:
                 weights[name] = self._noise_cost(name, None, 1)
                 self._store.keep_weights(weights)
         self._costs = {name: weights[name] for name in self._vectors}
+        synthetic = {id(sample) for sample in self._added}
+        self.fitted = sum(id(sample) not in synthetic for sample in self._fits)
+        """The samples, but for pictures added to them, that weights are fitted to: as many as there is room for."""
+        self.fitted_added = len(self._fits) - self.fitted
+        """Such pictures."""
         self.held_out = len(self._checks) if len(samples) > 1 else 0
         """The samples that no weight is fitted to: they tell how fine each layer's steps are to be, and measure."""
 

@@ -89,12 +89,15 @@ def chosen_of(
 
 @dataclass(frozen=True)
 class Quantizing:
-    """The result, the passes that it took, the samples it was measured on alone, how many layers were there, and how
-    the result does on synthetic pictures where the samples are the user's own."""
+    """The result, the passes that it took, the samples it was measured on alone, the samples and the synthetic pictures
+    beside them that weights were fitted to, how many layers were there already, and how the result does on synthetic
+    pictures where the samples are the user's own."""
 
     result: Result
     passes: int
     held_out: int
+    fitted: int
+    fitted_added: int
     resumed: int
     store: Store
     elsewhere: Quality | None = None
@@ -163,7 +166,8 @@ def quantized(
             found, number = search.best_within(at, size, target.max_bytes or 0, calibrator.weights)
     if not isinstance(found, Result):
         raise TypeError(type(found))
-    return Quantizing(found, number, calibrator.held_out, store.found, store, calibrator.quality_elsewhere(found))
+    counts = calibrator.held_out, calibrator.fitted, calibrator.fitted_added
+    return Quantizing(found, number, *counts, store.found, store, calibrator.quality_elsewhere(found))
 
 
 @contextlib.contextmanager
