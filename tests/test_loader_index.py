@@ -14,6 +14,8 @@ from safetensors.numpy import save
 
 from shrink.progress import silent
 from shrink.split import shards
+from tests import containers
+from tests.command import run
 from tests.faulty_server import cut, status, whole
 from tests.test_loader import assert_holds, flipped, make, sri
 from tests.web import Loader, in_python, loader_in_chromium
@@ -29,6 +31,7 @@ from tests.web.parts import (
     raw_parts,
     split,
 )
+from tests.zoo import NETWORKS
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,20 @@ def test_what_shrink_split_writes(loader: Loader, tmp_path: Path) -> None:
     result = loader.load(deploy(loader, files[INDEX], files).url)
     assert_holds(result, data, tmp_path)
     progress_of(result)
+
+
+def test_a_calibrated_file_in_parts(loader: Loader, tmp_path: Path) -> None:
+    """Many of its tensors take no bytes: some stand where a part ends, and one of two kinds of header is in parts."""
+    pytest.importorskip("onnxruntime")
+    output = tmp_path / "residual.safetensors"
+    network = next(zoo for zoo in NETWORKS if zoo.name == "residual")
+    outcome = run("quantize", network.path, "--mode", "calibrated", "--step", 0.01, "--samples", 8, "-o", output)
+    assert outcome.code == 0, outcome.stderr
+    packed = output.read_bytes()
+    for data in (packed, containers.plain(packed)):
+        for count in (2, 9, 40):
+            found = loader.load(deploy_split(loader, split(data, decoded_bytes(tmp_path, data), count)).url)
+            assert found.get("tensors") == in_python(tmp_path, data), found.get("error")
 
 
 def test_faults_of_an_index_in_parts(loader: Loader, file: bytes, three: Split, newer: Split, tmp_path: Path) -> None:
