@@ -33,7 +33,7 @@ from shrink.cli_shared import (
     total_difference,
 )
 from shrink.errors import OutputError, ShrinkError, printable
-from shrink.model import Model
+from shrink.model import Entry, Model, Quantized
 from shrink.progress import Progress
 from shrink.terminal import bar, emit, in_words, size_on_disk
 
@@ -240,7 +240,18 @@ def compare(original: Path, other: Path, as_json: bool, output: Path | None, for
         + (f", overall SQNR {total.sqnr_db:.2f} dB, max |error| {total.max_error:.3g}" if total else "")
         + (f"; {different} tensors cannot be compared" if different else "")
     ]
+    lost = {row.name for row in compared if row.difference and row.difference.max_error > 0}
+    moved = sum(_is_constant(entry) and entry.name in lost for entry in second.tensors)
+    if moved:
+        lines.append(
+            f"{moved} tensor{'s are' if moved > 1 else ' is'} constant now: calibration moved the numbers into others. "
+            "What the outputs lose is for shrink bench to say."
+        )
     emit(result, headers, rows, lines, as_json, output)
+
+
+def _is_constant(entry: Entry) -> bool:
+    return isinstance(entry, Quantized) and entry.steps[-1].name == "fill.1"
 
 
 command.add_command(cli_quantize.quantize_command)

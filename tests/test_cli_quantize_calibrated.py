@@ -143,6 +143,14 @@ def test_json_tells_everything(tmp_path: Path) -> None:
         assert (error == 0) == (tensor["mode"] == "constant")
 
 
+def test_compare_says_that_numbers_were_moved(tmp_path: Path) -> None:
+    _, output = calibrate(RESIDUAL, tmp_path, "--step", 0.02, count=8)
+    told = "18 tensors are constant now: calibration moved the numbers into others."
+    assert told in run("compare", RESIDUAL.path, output).stdout
+    shrink.save(shrink.load(output), tmp_path / "again.safetensors")
+    assert "constant now" not in run("compare", output, tmp_path / "again.safetensors").stdout
+
+
 def test_it_says_when_other_pictures_do_worse(tmp_path: Path) -> None:
     """Calibrated on pictures that hardly vary, and used on others: the number is that of the synthetic pictures."""
     zoo = ZOO["upscaler"]
