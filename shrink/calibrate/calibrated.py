@@ -62,7 +62,7 @@ _PREPARING = (0, 10, 30, 100)
 # `_WIDE`, which take room of their own.
 _HELD_BYTES, _HELD_BESIDE_WIDE, _WIDE = 600_000_000, 300_000_000, 4096
 # Where there are so many weights for each number of vectors, their steps are not worth finding out.
-_FEW_VECTORS = 512
+_FEW_VECTORS = 64
 # The largest code of 8 bits that has a negative one.
 _INT8 = 127
 
