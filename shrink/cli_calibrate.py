@@ -77,7 +77,7 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
         OutputError: files are missing or cannot be read.
         MissingDependency: onnx or onnxruntime is not installed; or there is a folder, and Pillow is not.
     """
-    from shrink.calibrate import inputs, matching
+    from shrink.calibrate import inputs, matching, texts
 
     if network.model.graph is None:
         raise UsageError(
@@ -95,7 +95,7 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
         tokens=inputs.vocabulary(network),
     )
     with bar("making inputs") as progress:
-        return matching.matched(network, made, progress)
+        return texts.written(network, matching.matched(network, made, progress), options.seed, progress)
 
 
 def _are_small(network: Network) -> bool:

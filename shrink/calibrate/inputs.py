@@ -63,13 +63,15 @@ class Calibration:
     """What to calibrate on. `source` is for messages: "images.npz", "12 pictures in photos", "normal,onehot:10".
 
     `added` are synthetic pictures beside the user's own, from which a network may learn what these happen not to show;
-    nothing is measured on them. `free` are the inputs whose values nobody asked for: others may do as well or better.
+    nothing is measured on them. `free` are the inputs of numbers that nobody asked for, `texts` those of tokens that
+    nobody asked for: others may do as well or better.
     """
 
     samples: tuple[Values, ...]
     source: str
     added: tuple[Values, ...] = ()
     free: frozenset[str] = frozenset()
+    texts: frozenset[str] = frozenset()
 
 
 def calibration(
@@ -138,8 +140,10 @@ def calibration(
     if folder is not None:
         return _with_added(made, inputs, seed)
     kinds = {i.name: entries[0].kind for i, entries in zip(inputs, entries_of, strict=True)}
-    asked_for = distribution is not None
-    return replace(made, free=frozenset(() if asked_for else (n for n, kind in kinds.items() if kind in _FREE)))
+    if distribution is not None:
+        return made
+    free = frozenset(name for name, kind in kinds.items() if kind in _FREE)
+    return replace(made, free=free, texts=frozenset(tokens or ()) & frozenset(kinds) - free)
 
 
 def vocabulary(network: Network) -> dict[str, int]:

@@ -28,7 +28,7 @@ from shrink.progress import Progress, silent
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["matched"]
+__all__ = ["FEW_SAMPLES", "MULTIPLICATIONS", "PER_RUN", "matched", "multiplications"]
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
@@ -42,8 +42,8 @@ _MOMENTUM, _SQUARES = 0.9, 0.99
 # Multiplications that may be spent, some two minutes on two cores. A run takes the time of so many at least, and each
 # value that goes into a norm that of some, as it is read and written by more than layers. A step is
 # two runs forwards, and another one forwards and backwards, which takes three times as long.
-_MULTIPLICATIONS, _PER_RUN, _PER_VALUE, _RUNS = 3 * 10**12, 5 * 10**6, 30, 5
-_FEW_SAMPLES = 16
+MULTIPLICATIONS, PER_RUN, _PER_VALUE, _RUNS = 3 * 10**12, 5 * 10**6, 30, 5
+FEW_SAMPLES = 16
 _TINY = 1e-12
 # Samples that differ from each other less than so by the share of what they did are not taken.
 _VARIED = 0.5
@@ -147,11 +147,11 @@ def _matched(network: Network, calibration: Calibration, inputs: Sequence[str], 
     forwards = graph.program(types, [norm.value for norm in known])
     first = {**samples[0], **forwards.run(samples[0])}
     values = sum(first[norm.value].size for norm in known)
-    each = _RUNS * (_PER_RUN + _PER_VALUE * values + _multiplications(graph, found, samples[0]))
+    each = _RUNS * (PER_RUN + _PER_VALUE * values + multiplications(graph, found, samples[0]))
     count = len(samples)
-    if _LEAST_STEPS * count * each > _MULTIPLICATIONS:
-        count = min(count, _FEW_SAMPLES)
-    steps = min(_STEPS, _MULTIPLICATIONS // (count * each))
+    if _LEAST_STEPS * count * each > MULTIPLICATIONS:
+        count = min(count, FEW_SAMPLES)
+    steps = min(_STEPS, MULTIPLICATIONS // (count * each))
     if steps < _LEAST_STEPS:
         return calibration
     norms = [norm for norm in known if first[norm.value].ndim >= 2 and first[norm.value].dtype == np.float32]
@@ -201,7 +201,7 @@ def _backwards(graph: Graph, into: Values, inputs: Sequence[str]) -> Program | N
     return None if without else graph.whole(other, [f"gradient:{name}" for name in inputs])
 
 
-def _multiplications(graph: Graph, found: Sequence[Layer], sample: Mapping[str, Array]) -> int:
+def multiplications(graph: Graph, found: Sequence[Layer], sample: Mapping[str, Array]) -> int:
     """Those of all layers, for one sample."""
     types = {name: value.dtype for name, value in sample.items()}
     needs = list(dict.fromkeys(name for layer in found for name in layer.needs))

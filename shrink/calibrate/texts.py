@@ -1,0 +1,99 @@
+"""Texts by a network itself: what one that guesses the next token is used on is much like what it goes on to write.
+
+Windows of random tokens move on by one token at a time, which is drawn as likely as the network says, until nothing of
+their beginning is left. What the network was trained on need not be known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shrink.calibrate.inputs import Calibration, vocabulary
+from shrink.calibrate.layers import layers
+from shrink.calibrate.matching import FEW_SAMPLES, MULTIPLICATIONS, PER_RUN, multiplications
+from shrink.calibrate.running import Graph
+from shrink.errors import BadInput
+from shrink.export import Network
+from shrink.progress import Progress, silent
+
+__all__ = ["written"]
+
+Array = NDArray[Any]
+F64 = NDArray[np.float64]
+
+# So much more than its length a window moves on: the first tokens follow random ones.
+_BEYOND = 1.5
+_SUM = 1e-3
+
+
+def written(network: Network, calibration: Calibration, seed: int, progress: Progress = silent) -> Calibration:
+    """Samples that the network wrote, where they were made up, as `calibration.texts` says.
+
+    They stay as they are where the network does not guess a token of those that it reads, and where it would take too
+    long; of many samples there may be fewer then.
+
+    Raises:
+        UsageError: the network has no graph.
+        MissingDependency: onnx or onnxruntime is not installed.
+    """
+    if len(calibration.samples[0]) != 1 or not calibration.texts:
+        return calibration
+    try:
+        return _written(network, calibration, seed, progress)
+    except BadInput:
+        # What is wrong with a network is for calibration to say.
+        return calibration
+
+
+def _written(network: Network, calibration: Calibration, seed: int, progress: Progress) -> Calibration:
+    ((name, first),) = calibration.samples[0].items()
+    tokens, found = vocabulary(network).get(name, 0), layers(network.model)
+    graph = Graph(network, found)
+    program = graph.program({name: first.dtype}, graph.outputs[:1])
+    is_one_hot = first.dtype.kind == "f"
+    if first.ndim != 2 + is_one_hot or first.shape[1] < 2 or _shares(_only(program.run({name: first})), tokens) is None:
+        return calibration
+    moves = int(_BEYOND * first.shape[1])
+    each = moves * (PER_RUN + multiplications(graph, found, calibration.samples[0]))
+    count = len(calibration.samples)
+    if count * each > MULTIPLICATIONS:
+        count = min(count, FEW_SAMPLES)
+    if count * each > MULTIPLICATIONS:
+        return calibration
+    random = np.random.default_rng([seed, 4])
+    out = []
+    for number, sample in enumerate(calibration.samples[:count]):
+        progress("texts by the network", number, count)
+        window = sample[name].copy()
+        for _ in range(moves):
+            shares = _shares(_only(program.run({name: window})), tokens)
+            if shares is None:
+                return calibration
+            # The first token whose running total passes a number from 0 to 1.
+            chosen = (shares.cumsum(axis=1) < random.random((len(shares), 1))).sum(axis=1).clip(0, tokens - 1)
+            window[:, :-1] = window[:, 1:]
+            window[:, -1] = np.eye(tokens, dtype=window.dtype)[chosen] if is_one_hot else chosen
+        out.append({name: window})
+    return replace(calibration, samples=tuple(out), source=f"{calibration.source}, continued by the network itself")
+
+
+def _only(values: dict[str, Array]) -> Array:
+    (value,) = values.values()
+    return value
+
+
+def _shares(output: Array, tokens: int) -> F64 | None:
+    """How likely each token comes next, (batch, tokens), from shares or what a softmax would make shares of; None where
+    the output is something else."""
+    last = output[:, -1] if output.ndim == 3 else output
+    if last.ndim != 2 or last.shape[1] != tokens or last.dtype.kind != "f" or not np.isfinite(last).all():
+        return None
+    shares: F64 = last.astype(np.float64)
+    if (shares < 0).any() or (np.abs(shares.sum(axis=1) - 1) > _SUM).any():
+        shares = np.exp(shares - shares.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    return shares
