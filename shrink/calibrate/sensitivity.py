@@ -211,5 +211,7 @@ def by_noise(
     rms = float(np.sqrt(np.mean(np.square(weights, dtype=np.float64)))) if weights.size else 0.0
     deviation = _NOISE * rms or _NOISE
     noise = np.random.default_rng([seed, 2]).standard_normal(weights.shape)
-    found = error((weights + deviation * noise).astype(np.float32)) / deviation**2
+    with np.errstate(over="ignore"):
+        noisy = (weights + deviation * noise).astype(np.float32)
+    found = error(noisy) / deviation**2
     return found / (outputs * moments) if moments else found
