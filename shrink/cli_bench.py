@@ -16,18 +16,7 @@ import click
 from tabulate import tabulate
 
 from shrink import formats, given
-from shrink.bench import (
-    BACKENDS,
-    MODES,
-    NETWORKS,
-    BrowserOptions,
-    Inputs,
-    Plan,
-    document,
-    measure,
-    summary,
-    wording,
-)
+from shrink.bench import BACKENDS, MODES, NETWORKS, BrowserOptions, Inputs, Plan, document, measure, summary, wording
 from shrink.bench.document import RUNS_AT_MOST
 from shrink.cli_shared import command_line, debug_option, json_option
 from shrink.errors import MissingDependency, OutputError, ShrinkError, UsageError, printable

@@ -132,9 +132,9 @@ def test_it_takes_no_longer_than_it_may(lstm: Network, monkeypatch: pytest.Monke
     before = made_up(lstm, 40)
     each = 48 * matching.PER_RUN
     monkeypatch.setattr(texts, "multiplications", lambda *given: 0)
-    monkeypatch.setattr(texts, "MULTIPLICATIONS", 40 * each)
+    monkeypatch.setattr(matching, "MULTIPLICATIONS", 40 * each)
     assert len(texts.written(lstm, before, 0).samples) == 40
-    monkeypatch.setattr(texts, "MULTIPLICATIONS", 40 * each - 1)
+    monkeypatch.setattr(matching, "MULTIPLICATIONS", 40 * each - 1)
     assert len(texts.written(lstm, before, 0).samples) == matching.FEW_SAMPLES
-    monkeypatch.setattr(texts, "MULTIPLICATIONS", matching.FEW_SAMPLES * each - 1)
+    monkeypatch.setattr(matching, "MULTIPLICATIONS", matching.FEW_SAMPLES * each - 1)
     assert texts.written(lstm, before, 0) is before

@@ -63,8 +63,6 @@ _PREPARING = (0, 10, 30, 100)
 _HELD_BYTES, _HELD_BESIDE_WIDE, _WIDE = 600_000_000, 300_000_000, 4096
 # Where there are so many weights for each number of vectors, their steps are not worth finding out.
 _FEW_VECTORS = 64
-# The largest code of 8 bits that has a negative one.
-_INT8 = 127
 
 
 @dataclass(frozen=True)
@@ -375,7 +373,7 @@ class Calibrator:
             if is_known:
                 aim = targets(matrix, h, cross, ridge, extra)
         place = self._places[layer.tensor]
-        how = {"largest_code": _INT8} if self._keep else {"coding": PRICED}
+        how = {"largest_code": storing.LARGEST_INT8} if self._keep else {"coding": PRICED}
         made = rounded(aim, extra, h, g, base, place, **how)
         entry = self._encoded(layer, made, place)
         entries: dict[str, Entry] = {layer.tensor: entry}
@@ -460,7 +458,10 @@ class Calibrator:
         """A weight that is in no layer: by its sensitivity alone."""
         x = self._original[entry.name].astype(np.float32)
         per_weight = self._noise_cost(entry.name, None, 1)
-        step = max(step_of(x, base, per_weight), float(np.abs(x).max()) / (_INT8 if self._keep else LARGEST_CODE))
+        step = max(
+            step_of(x, base, per_weight),
+            float(np.abs(x).max()) / (storing.LARGEST_INT8 if self._keep else LARGEST_CODE),
+        )
         if self._keep:
             codes = np.rint(x / np.float32(step)).astype(np.int32).reshape(x.shape[0], -1)
             made: Entry = storing.int8(entry.name, x.shape, codes, np.array([step], np.float32), ())

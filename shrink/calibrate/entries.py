@@ -9,17 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shrink.calibrate.layout import Layout
+from shrink.calibrate.rounding import LARGEST_CODE
 from shrink.coders import rans
 from shrink.model import DTYPES, Entry, Quantized, Tensor
 from shrink.quantizers import Quantizer, by_mode
 from shrink.steps import Step
 
-__all__ = ["alone", "int8", "on_grid", "small"]
+__all__ = ["LARGEST_INT8", "int8", "on_grid", "small"]
 
 F32 = NDArray[np.float32]
 
-# The largest code of 8 bits that has a negative one, and of those that are entropy-coded.
-_INT8, _LARGEST_CODE = 127, 32000
+LARGEST_INT8 = 127
+"""The largest code of 8 bits that has a negative one."""
+
 # A larger tensor without bytes is not believed.
 _FILLED_AT_MOST = 1 << 26
 # How much smaller the description of a tensor becomes.
@@ -64,12 +66,12 @@ def small(name: str, values: F32, step: float, effort: int) -> Entry:
     if isinstance(made, Quantized) and np.abs(made.array.astype(np.float64) - values).max(initial=0) <= step / 2:
         found.append(made)
     largest = float(np.abs(values).max(initial=0)) / step
-    if largest <= _INT8:
+    if largest <= LARGEST_INT8:
         scale = np.float32(step)
-        codes = np.rint(values / scale).clip(-_INT8, _INT8).astype(np.int32)
+        codes = np.rint(values / scale).clip(-LARGEST_INT8, LARGEST_INT8).astype(np.int32)
         found.append(int8(name, values.shape, codes, np.array([scale]), ()))
-    if largest <= _LARGEST_CODE:
-        found.append(alone(name, values, step, effort))
+    if largest <= LARGEST_CODE:
+        found.append(_alone(name, values, step, effort))
     return min(found, key=_whole_size)
 
 
@@ -81,7 +83,7 @@ def _whole_size(entry: Entry) -> int:
     return entry.size_bytes + len(said) // _DEFLATED
 
 
-def alone(name: str, values: F32, step: float, effort: int) -> Quantized:
+def _alone(name: str, values: F32, step: float, effort: int) -> Quantized:
     """Codes with one step for all of them, entropy-coded."""
     codes = np.rint(values / step).astype(np.int32).reshape(values.shape[0], -1)
     rows, columns = (np.zeros(n, np.int8) for n in codes.shape)

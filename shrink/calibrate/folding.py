@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from shrink.calibrate._linear import RECURRENT
 from shrink.calibrate._positions import Vectors
-from shrink.calibrate.layers import Layer, graphs_of, used_in
+from shrink.calibrate.layers import Layer, graphs_of, is_standard, used_in
 from shrink.calibrate.running import Graph
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ def fold(graph: Graph, layers: Sequence[Layer], fixed: frozenset[str]) -> tuple[
     folding = _Folding(graph, layers, fixed)
     for node in folding.nodes:
         rule = _RULES.get(node.op_type)
-        if rule is not None and _is(node, node.op_type):
+        if rule is not None and is_standard(node):
             rule(node, folding)
     return folding.layers, folding.notes
 
 
 def _is(node: NodeProto, operator: str) -> bool:
-    return node.op_type == operator and node.domain in ("", "ai.onnx")
+    return node.op_type == operator and is_standard(node)
 
 
 class _Folding:

@@ -32,7 +32,7 @@ from shrink.model import Entry, Model
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["Layer", "Use", "exposed", "graphs_of", "layers", "naming", "used_in"]
+__all__ = ["Layer", "Use", "exposed", "graphs_of", "is_standard", "layers", "naming", "used_in"]
 
 F32 = NDArray[np.float32]
 
@@ -429,6 +429,11 @@ def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape without its leading ones, which broadcasting minds as little."""
     first = next((axis for axis, n in enumerate(shape) if n != 1), len(shape))
     return tuple(shape[first:])
+
+
+def is_standard(node: NodeProto) -> bool:
+    """Whether the node's operator is ONNX's own."""
+    return node.domain in _DOMAINS
 
 
 def graphs_of(node: NodeProto) -> Iterator[GraphProto]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shrink.calibrate.folding import epsilon_of
 from shrink.calibrate.gradients import differentiated
 from shrink.calibrate.inputs import Calibration
-from shrink.calibrate.layers import Layer, layers
+from shrink.calibrate.layers import Layer, is_standard, layers
 from shrink.calibrate.running import Graph, Program
 from shrink.errors import BadInput
 from shrink.export import Network
@@ -28,7 +28,7 @@ from shrink.progress import Progress, silent
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["FEW_SAMPLES", "MULTIPLICATIONS", "PER_RUN", "matched", "multiplications"]
+__all__ = ["FEW_SAMPLES", "MULTIPLICATIONS", "PER_RUN", "affordable", "matched", "multiplications"]
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
@@ -148,12 +148,10 @@ def _matched(network: Network, calibration: Calibration, inputs: Sequence[str], 
     first = {**samples[0], **forwards.run(samples[0])}
     values = sum(first[norm.value].size for norm in known)
     each = _RUNS * (PER_RUN + _PER_VALUE * values + multiplications(graph, found, samples[0]))
-    count = len(samples)
-    if _LEAST_STEPS * count * each > MULTIPLICATIONS:
-        count = min(count, FEW_SAMPLES)
-    steps = min(_STEPS, MULTIPLICATIONS // (count * each))
-    if steps < _LEAST_STEPS:
+    count = affordable(len(samples), _LEAST_STEPS * each)
+    if not count:
         return calibration
+    steps = min(_STEPS, MULTIPLICATIONS // (count * each))
     norms = [norm for norm in known if first[norm.value].ndim >= 2 and first[norm.value].dtype == np.float32]
     norms = [norm for norm in norms if first[norm.value].shape[1] == norm.mean.size and first[norm.value].size]
     backwards = _backwards(graph, {norm.value: first[norm.value] for norm in norms}, inputs)
@@ -171,7 +169,7 @@ def _matched(network: Network, calibration: Calibration, inputs: Sequence[str], 
 def _norms(graph: Graph) -> list[_Norm]:
     out: dict[str, _Norm] = {}
     for node in graph.proto.graph.node:
-        if node.op_type != "BatchNormalization" or node.domain not in ("", "ai.onnx") or len(node.input) != 5:
+        if node.op_type != "BatchNormalization" or not is_standard(node) or len(node.input) != 5:
             continue
         tensors = [graph.tensor_of(name) for name in node.input[3:]]
         mean, variance = (None if name is None else graph.weights[name].astype(np.float64) for name in tensors)
@@ -199,6 +197,14 @@ def _backwards(graph: Graph, into: Values, inputs: Sequence[str]) -> Program | N
     except BadInput:
         return None
     return None if without else graph.whole(other, [f"gradient:{name}" for name in inputs])
+
+
+def affordable(samples: int, each: int) -> int:
+    """How many of these samples to take where one takes so many multiplications: all, a few, or none."""
+    for count in (samples, min(samples, FEW_SAMPLES)):
+        if count * each <= MULTIPLICATIONS:
+            return count
+    return 0
 
 
 def multiplications(graph: Graph, found: Sequence[Layer], sample: Mapping[str, Array]) -> int:

@@ -22,7 +22,7 @@ from shrink.calibrate._positions import States, Vectors
 from shrink.calibrate._unrolled import Gates, unrolled
 from shrink.calibrate._views import Spread
 from shrink.calibrate.gradients import differentiated
-from shrink.calibrate.layers import Layer, Use, graphs_of, used_in
+from shrink.calibrate.layers import Layer, Use, graphs_of, is_standard, used_in
 from shrink.calibrate.running import Graph
 from shrink.errors import BadInput
 
@@ -188,7 +188,7 @@ def smooth(graph: Graph) -> set[str]:
     found: set[str] = set()
     others: set[str | None] = {graph.tensor_of(name) for name in graph.put_out}
     for node in graph.proto.graph.node:
-        places = _SMOOTH.get(node.op_type, ()) if node.domain in ("", "ai.onnx") else ()
+        places = _SMOOTH.get(node.op_type, ()) if is_standard(node) else ()
         for place, name in enumerate(node.input):
             tensor = graph.tensor_of(name)
             if tensor is not None and place in places:

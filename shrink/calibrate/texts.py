@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shrink.calibrate.inputs import Calibration, vocabulary
 from shrink.calibrate.layers import layers
-from shrink.calibrate.matching import FEW_SAMPLES, MULTIPLICATIONS, PER_RUN, multiplications
+from shrink.calibrate.matching import PER_RUN, affordable, multiplications
 from shrink.calibrate.running import Graph
 from shrink.errors import BadInput
 from shrink.export import Network
@@ -59,10 +59,8 @@ def _written(network: Network, calibration: Calibration, seed: int, progress: Pr
         return calibration
     moves = int(_BEYOND * first.shape[1])
     each = moves * (PER_RUN + multiplications(graph, found, calibration.samples[0]))
-    count = len(calibration.samples)
-    if count * each > MULTIPLICATIONS:
-        count = min(count, FEW_SAMPLES)
-    if count * each > MULTIPLICATIONS:
+    count = affordable(len(calibration.samples), each)
+    if not count:
         return calibration
     random = np.random.default_rng([seed, 4])
     out = []
