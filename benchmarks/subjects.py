@@ -225,10 +225,7 @@ def _on_pictures(name: str, folder: Path, channels: int) -> Trial:
 
 
 def _cdcgan(folder: Path) -> Trial:
-    from shrink.calibrate import inputs
-
     network = _of_chainer("cdcgan", folder, (1, 110))
-    wanted = inputs.inputs_of(network)
     noise = np.random.default_rng(1).standard_normal((40, 100), np.float32)
     labels = np.tile(np.eye(10, dtype=np.float32), (4, 1))
     return Trial(
@@ -236,7 +233,7 @@ def _cdcgan(folder: Path) -> Trial:
         network,
         {
             _DEFAULT: _made_up(network),
-            "normal,onehot:10": inputs.calibration(wanted, distribution="normal,onehot:10"),
+            "normal,onehot:10": _made_up(network, input_distribution="normal,onehot:10"),
         },
         np.concatenate([noise, labels], axis=1),
         "four digits of each kind, of noise of another seed",
@@ -262,7 +259,6 @@ def _unet(folder: Path) -> Trial:
 
 
 def _of_zoo(name: str, folder: Path) -> Trial:
-    from shrink.calibrate import inputs
     from tests import zoo
 
     if name == "keras-lstm":
@@ -273,12 +269,12 @@ def _of_zoo(name: str, folder: Path) -> Trial:
         (found,) = (network for network in zoo.NETWORKS if f"zoo {network.name}" == name)
     samples = found.calibration
     network, _ = given.network(str(found.path), None, (",".join(map(str, (1, *samples.shape[1:]))),))
-    wanted = inputs.inputs_of(network)
-    own = inputs.Calibration(tuple({wanted[0].name: row[np.newaxis]} for row in samples), "its own")
+    own = folder / f"{found.path.stem}.inputs.npz"
+    np.savez(own, samples)
     return Trial(
         network,
         network,
-        {_DEFAULT: _made_up(network), "on inputs of its own": own},
+        {_DEFAULT: _made_up(network), "on inputs of its own": _made_up(network, calibrate=own)},
         found.evaluation[:_EVALUATED],
         f"{min(len(found.evaluation), _EVALUATED)} inputs that it was not trained on",
         by_cosine=name == "keras-lstm",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from shrink.errors import UsageError
+from shrink.errors import BadInput, UsageError
 from shrink.export import Network
 from shrink.terminal import bar
 
@@ -21,8 +20,10 @@ __all__ = ["Calibrating", "calibration_of", "calibration_options", "is_made_up"]
 
 # What `shrink.calibrate.inputs` calls pictures that are nobody's.
 _SYNTHETIC = "synthetic pictures"
-# Calibration gains by every sample; small ones, of fewer values than a picture has, are cheap.
-_SAMPLES, _SMALL_SAMPLES, _SMALL = 64, 256, 1024
+# Calibration gains by every sample. There may be many where they are small, of fewer values than a picture has, or
+# texts, and the network has few multiplications for each.
+_SAMPLES, _MANY_SAMPLES = 64, 512
+_SMALL, _SMALL_TEXT, _QUICK = 1 << 10, 1 << 16, 3 * 10**8
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -40,7 +41,7 @@ _OPTIONS = (
     click.option(
         "--samples",
         type=click.IntRange(1, 10_000),
-        help=f"How many inputs.  [default: {_SAMPLES}, and {_SMALL_SAMPLES} of small ones]",
+        help=f"How many inputs.  [default: {_SAMPLES}, and {_MANY_SAMPLES} where they are small]",
     ),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same bytes."),
     click.option(
@@ -85,21 +86,42 @@ def calibration_of(network: Network, options: Calibrating) -> Calibration:
             file=network.model.source.path,
             hint="give an ONNX file, or a network in Python as FILE.py:NAME",
         )
-    made = inputs.calibration(
-        inputs.inputs_of(network),
-        files=options.calibrate,
-        distribution=options.input_distribution,
-        count=options.samples or (_SMALL_SAMPLES if _are_small(network) else _SAMPLES),
-        seed=options.seed,
-        input_range=inputs.parse_range(options.input_range) if options.input_range is not None else None,
-        tokens=inputs.vocabulary(network),
-    )
+    tokens = inputs.vocabulary(network)
+
+    def drawn(count: int) -> Calibration:
+        return inputs.calibration(
+            inputs.inputs_of(network),
+            files=options.calibrate,
+            distribution=options.input_distribution,
+            count=count,
+            seed=options.seed,
+            input_range=inputs.parse_range(options.input_range) if options.input_range is not None else None,
+            tokens=tokens,
+        )
+
+    made = drawn(options.samples or _SAMPLES)
+    if options.samples is None and _are_cheap(network, made.samples[0], texts=len(tokens) == len(made.samples[0])):
+        made = drawn(_MANY_SAMPLES)
     with bar("making inputs") as progress:
+        if options.calibrate is not None:
+            return texts.beside(network, made, options.seed, progress)
         return texts.written(network, matching.matched(network, made, progress), options.seed, progress)
 
 
-def _are_small(network: Network) -> bool:
-    return sum(math.prod(shape) for shape in network.input_shapes) <= _SMALL
+def _are_cheap(network: Network, sample: Mapping[str, Any], *, texts: bool) -> bool:
+    """Whether there may be many such samples."""
+    from shrink.calibrate import budget
+    from shrink.calibrate.layers import layers
+    from shrink.calibrate.running import Graph
+
+    if sum(value.size for value in sample.values()) > (_SMALL_TEXT if texts else _SMALL):
+        return False
+    found = layers(network.model)
+    try:
+        return budget.multiplications(Graph(network, found), found, sample) <= _QUICK
+    except BadInput:
+        # What is wrong with a network is for calibration to say.
+        return False
 
 
 def is_made_up(options: Calibrating, calibration: Calibration) -> bool:

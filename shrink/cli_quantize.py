@@ -289,14 +289,14 @@ def _said(done: Quantizing, calibration: Calibration, made_up: bool) -> list[str
     ]
     source = printable(calibration.source, at_most=400)
     if done.held_out:
-        also = f" and {done.fitted_added} synthetic pictures" if done.fitted_added else ""
+        also = f" and {done.fitted_added} {calibration.added_are}" if done.fitted_added else ""
         lines.append(f"Calibrated on {done.fitted} samples{also}, measured on {done.held_out} others ({source}).")
     else:
         lines.append(f"Calibrated and measured on one sample ({source}): give more to know how it does on others.")
     if done.elsewhere is not None and done.elsewhere.psnr_db < quality.psnr_db - _MUCH_DB:
         lines.append(
-            f"On synthetic pictures it keeps {_decibels(done.elsewhere.psnr_db)} only: --calibrate on every kind of "
-            "picture that it will see."
+            f"On {calibration.added_are} it keeps {_decibels(done.elsewhere.psnr_db)} only: --calibrate on inputs of "
+            "every kind that it will see."
         )
     if made_up:
         lines.append("These inputs are made up: give your own with --calibrate to be sure, and for a smaller file.")

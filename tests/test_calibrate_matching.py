@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 from onnx import helper  # noqa: E402
 
 from shrink import given  # noqa: E402
-from shrink.calibrate import inputs, matching  # noqa: E402
+from shrink.calibrate import budget, inputs, matching  # noqa: E402
 from shrink.calibrate.calibrated import Calibrator  # noqa: E402
 from shrink.calibrate.inputs import Calibration  # noqa: E402
 from shrink.calibrate.quantizing import chosen_of  # noqa: E402
@@ -149,12 +149,12 @@ def test_it_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None
     """Fewer samples where these take too long, and none where even those do."""
     network = small(norm, **parts())
     before = made_up(network, 40)
-    each = matching._RUNS * (matching.PER_RUN + matching._PER_VALUE * 3 * 8 * 8)
-    monkeypatch.setattr(matching, "MULTIPLICATIONS", 40 * matching._LEAST_STEPS * each)
+    each = matching._RUNS * (budget.PER_RUN + matching._PER_VALUE * 3 * 8 * 8)
+    monkeypatch.setattr(budget, "MULTIPLICATIONS", 40 * matching._LEAST_STEPS * each)
     assert len(matching.matched(network, before).samples) == 40
-    monkeypatch.setattr(matching, "MULTIPLICATIONS", 40 * matching._LEAST_STEPS * each - 1)
-    assert len(matching.matched(network, before).samples) == matching.FEW_SAMPLES
-    monkeypatch.setattr(matching, "MULTIPLICATIONS", matching.FEW_SAMPLES * matching._LEAST_STEPS * each - 1)
+    monkeypatch.setattr(budget, "MULTIPLICATIONS", 40 * matching._LEAST_STEPS * each - 1)
+    assert len(matching.matched(network, before).samples) == budget.FEW_SAMPLES
+    monkeypatch.setattr(budget, "MULTIPLICATIONS", budget.FEW_SAMPLES * matching._LEAST_STEPS * each - 1)
     assert matching.matched(network, before) is before
 
 

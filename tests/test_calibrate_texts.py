@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 from onnx import helper  # noqa: E402
 
 from shrink import given  # noqa: E402
-from shrink.calibrate import inputs, matching, texts  # noqa: E402
+from shrink.calibrate import budget, inputs, texts  # noqa: E402
 from shrink.calibrate.inputs import Calibration  # noqa: E402
 from shrink.calibrate.running import Graph  # noqa: E402
 from shrink.export import Network  # noqa: E402
@@ -130,11 +130,42 @@ def test_what_somebody_asked_for_stays(lstm: Network, tmp_path: Path) -> None:
 
 def test_it_takes_no_longer_than_it_may(lstm: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     before = made_up(lstm, 40)
-    each = 48 * matching.PER_RUN
+    each = 48 * budget.PER_RUN
     monkeypatch.setattr(texts, "multiplications", lambda *given: 0)
-    monkeypatch.setattr(matching, "MULTIPLICATIONS", 40 * each)
+    monkeypatch.setattr(budget, "MULTIPLICATIONS", 40 * each)
     assert len(texts.written(lstm, before, 0).samples) == 40
-    monkeypatch.setattr(matching, "MULTIPLICATIONS", 40 * each - 1)
-    assert len(texts.written(lstm, before, 0).samples) == matching.FEW_SAMPLES
-    monkeypatch.setattr(matching, "MULTIPLICATIONS", matching.FEW_SAMPLES * each - 1)
+    monkeypatch.setattr(budget, "MULTIPLICATIONS", 40 * each - 1)
+    assert len(texts.written(lstm, before, 0).samples) == budget.FEW_SAMPLES
+    monkeypatch.setattr(budget, "MULTIPLICATIONS", budget.FEW_SAMPLES * each - 1)
     assert texts.written(lstm, before, 0) is before
+
+
+def test_texts_beside_those_of_the_user(lstm: Network, tmp_path: Path) -> None:
+    """Four for each, which go on from it; the user's own stay what the result is measured on."""
+    np.savez(tmp_path / "own.npz", tokens=LSTM.calibration[:6])
+    own = made_up(lstm, files=tmp_path / "own.npz")
+    both = texts.beside(lstm, own, 0)
+    assert (both.samples, both.source, both.added_are) == (own.samples, "own.npz", "texts of its own")
+    assert len(both.added) == 24
+    assert len({sample["tokens"].tobytes() for sample in both.added}) == 24
+    assert surprise(lstm, replace(own, samples=both.added)) < surprise(lstm, made_up(lstm, 24)) - 2
+    assert texts.beside(lstm, both, 0) is both
+
+
+def test_there_are_not_more_texts_than_are_of_use(lstm: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_AT_MOST", 20)
+    own = made_up(lstm, 12)
+    assert len(texts.beside(lstm, own, 0).added) == 8
+    assert texts.beside(lstm, made_up(lstm, 20), 0).added == ()
+
+
+def test_vectors_that_are_no_letters_are_not_continued() -> None:
+    """They have the width of the softmax by chance."""
+    w = np.random.default_rng(0).standard_normal((24, 24)).astype("f4")
+    x = np.full((1, 5, 24), 0.5, "f4")
+    nodes = (node("MatMul", ["x", "w"], ["m"]), node("Softmax", ["m"], ["y"], axis=-1))
+    proto = made(nodes, {"x": x}, {"w": w}, ["y"], 17)
+    network = Network("small", onnx_format.from_proto(proto, Path("model.onnx")), (x.shape,))
+    letters = np.eye(24, dtype="f4")[None, :5]
+    for given_x, count in ((x, 0), (letters, 4)):
+        assert len(texts.beside(network, Calibration(({"x": given_x},), "own"), 0).added) == count

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shrink.calibrate import budget, sensitivity, vectors
 from shrink.calibrate import entries as storing
 from shrink.calibrate import layers as finding
-from shrink.calibrate import sensitivity, vectors
 from shrink.calibrate.covariance import Covariance
 from shrink.calibrate.folding import fold
 from shrink.calibrate.inputs import Calibration
@@ -49,10 +49,6 @@ _MEAN_PRIOR = 4
 _LEAST_POSITIONS, _POSITIONS_PER_INPUT = 1 << 14, 10
 # To one in so many samples no weight is fitted: it says what layers cost, and measures the result.
 _CHECKED = 4
-# Large outputs give as many gradients as they have places, so that few samples tell enough.
-_PROBES = 4
-_LARGE_OUTPUT, _LARGE_SAMPLES, _LARGE_PROBES = 4096, 8, 1
-_SAMPLES = 64
 # The step at which each layer is rounded alone, to see what it costs, and the most that this is taken to change.
 _WEIGHED_AT, _WEIGHED_AT_MOST = 2.0**-7, 32.0
 _NO_COST = 1e-200
@@ -173,11 +169,11 @@ class Calibrator:
                 weights[name] = self._noise_cost(name, None, 1)
                 self._store.keep_weights(weights)
         self._costs = {name: weights[name] for name in self._vectors}
-        synthetic = {id(sample) for sample in self._added}
-        self.fitted = sum(id(sample) not in synthetic for sample in self._fits)
-        """The samples, but for pictures added to them, that weights are fitted to: as many as there is room for."""
+        beside = {id(sample) for sample in self._added}
+        self.fitted = sum(id(sample) not in beside for sample in self._fits)
+        """The samples, but for those added to them, that weights are fitted to: as many as there is room for."""
         self.fitted_added = len(self._fits) - self.fitted
-        """Such pictures."""
+        """Those added."""
         self.held_out = len(self._checks) if len(samples) > 1 else 0
         """The samples that no weight is fitted to: they tell how fine each layer's steps are to be, and measure."""
 
@@ -223,7 +219,7 @@ class Calibrator:
         return measured(self.outputs, self._run(self._checks), self.peaks)
 
     def quality_elsewhere(self, result: Result) -> Quality | None:
-        """How the network does on the synthetic pictures beside the samples, which may be of other kinds than these.
+        """How the network does on what was added to the samples, which may be of other kinds than these.
 
         It is calibrated on them: on others it does rather worse. None where there are none.
         """
@@ -268,8 +264,10 @@ class Calibrator:
         shapes = {layer.tensor: (layer.groups, layer.outputs, layer.outputs) for layer in self._layers}
         if stored is not None and {name: g.shape for name, g in stored.items()} == shapes:
             return stored
-        large = sum(value.size for value in self.outputs[0].values()) > _LARGE_OUTPUT
-        samples, probes = (self._fits[:_LARGE_SAMPLES], _LARGE_PROBES) if large else (self._fits[:_SAMPLES], _PROBES)
+        outputs = sum(value.size for value in self.outputs[0].values())
+        each = budget.of_a_gradient(self._graph, self._layers, self._fits[0])
+        count, probes = budget.probed(len(self._fits), outputs, each)
+        samples = self._fits[:count]
 
         def on_sample(number: int) -> None:
             self._prepared("gradients", 1, number / len(samples))

@@ -62,9 +62,9 @@ _RANGE_HINT = "write --input-range -1,1 or 0,255"
 class Calibration:
     """What to calibrate on. `source` is for messages: "images.npz", "12 pictures in photos", "normal,onehot:10".
 
-    `added` are synthetic pictures beside the user's own, from which a network may learn what these happen not to show;
-    nothing is measured on them. `free` are the inputs of numbers that nobody asked for, `texts` those of tokens that
-    nobody asked for: others may do as well or better.
+    `added` are samples beside the user's own, synthetic pictures if `added_are` says nothing else, from which a network
+    may learn what these happen not to show; the result is not measured on them. `free` are the inputs of numbers that
+    nobody asked for, `texts` those of tokens that nobody asked for: others may do as well or better.
     """
 
     samples: tuple[Values, ...]
@@ -72,6 +72,7 @@ class Calibration:
     added: tuple[Values, ...] = ()
     free: frozenset[str] = frozenset()
     texts: frozenset[str] = frozenset()
+    added_are: str = "synthetic pictures"
 
 
 def calibration(

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shrink.calibrate import budget
+from shrink.calibrate.budget import PER_RUN, affordable, multiplications
 from shrink.calibrate.folding import epsilon_of
 from shrink.calibrate.gradients import differentiated
 from shrink.calibrate.inputs import Calibration
-from shrink.calibrate.layers import Layer, is_standard, layers
+from shrink.calibrate.layers import is_standard, layers
 from shrink.calibrate.running import Graph, Program
 from shrink.errors import BadInput
 from shrink.export import Network
@@ -28,7 +30,7 @@ from shrink.progress import Progress, silent
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["FEW_SAMPLES", "MULTIPLICATIONS", "PER_RUN", "affordable", "matched", "multiplications"]
+__all__ = ["matched"]
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
@@ -39,11 +41,9 @@ _STEPS, _LEAST_STEPS = 100, 20
 # Adam's steps are such a share of the range of values at first, and fall to 0 along half a cosine.
 _RATE = 0.2
 _MOMENTUM, _SQUARES = 0.9, 0.99
-# Multiplications that may be spent, some two minutes on two cores. A run takes the time of so many at least, and each
-# value that goes into a norm that of some, as it is read and written by more than layers. A step is
-# two runs forwards, and another one forwards and backwards, which takes three times as long.
-MULTIPLICATIONS, PER_RUN, _PER_VALUE, _RUNS = 3 * 10**12, 5 * 10**6, 30, 5
-FEW_SAMPLES = 16
+# Each value that goes into a norm takes the time of some multiplications, as it is read and written by more than
+# layers. A step is two runs forwards, and another one forwards and backwards, which takes three times as long.
+_PER_VALUE, _RUNS = 30, 5
 _TINY = 1e-12
 # Samples that differ from each other less than so by the share of what they did are not taken.
 _VARIED = 0.5
@@ -151,7 +151,7 @@ def _matched(network: Network, calibration: Calibration, inputs: Sequence[str], 
     count = affordable(len(samples), _LEAST_STEPS * each)
     if not count:
         return calibration
-    steps = min(_STEPS, MULTIPLICATIONS // (count * each))
+    steps = min(_STEPS, budget.MULTIPLICATIONS // (count * each))
     norms = [norm for norm in known if first[norm.value].ndim >= 2 and first[norm.value].dtype == np.float32]
     norms = [norm for norm in norms if first[norm.value].shape[1] == norm.mean.size and first[norm.value].size]
     backwards = _backwards(graph, {norm.value: first[norm.value] for norm in norms}, inputs)
@@ -197,28 +197,6 @@ def _backwards(graph: Graph, into: Values, inputs: Sequence[str]) -> Program | N
     except BadInput:
         return None
     return None if without else graph.whole(other, [f"gradient:{name}" for name in inputs])
-
-
-def affordable(samples: int, each: int) -> int:
-    """How many of these samples to take where one takes so many multiplications: all, a few, or none."""
-    for count in (samples, min(samples, FEW_SAMPLES)):
-        if count * each <= MULTIPLICATIONS:
-            return count
-    return 0
-
-
-def multiplications(graph: Graph, found: Sequence[Layer], sample: Mapping[str, Array]) -> int:
-    """Those of all layers, for one sample."""
-    types = {name: value.dtype for name, value in sample.items()}
-    needs = list(dict.fromkeys(name for layer in found for name in layer.needs))
-    values = {**graph.program(types, needs).run(sample), **sample}
-    total = 0
-    for layer in found:
-        for use in layer.uses:
-            given = values.get(use.initial) if use.initial else None
-            count = use.reads.rows(values[use.input], layer.groups, layer.inputs, given).count
-            total += count * layer.groups * layer.outputs * layer.inputs
-    return total
 
 
 def _descended(

@@ -89,9 +89,8 @@ def chosen_of(
 
 @dataclass(frozen=True)
 class Quantizing:
-    """The result, the passes that it took, the samples it was measured on alone, the samples and the synthetic pictures
-    beside them that weights were fitted to, how many layers were there already, and how the result does on synthetic
-    pictures where the samples are the user's own."""
+    """The result, the passes that it took, the samples it was measured on alone, the samples and those added to them
+    that weights were fitted to, how many layers were there already, and how the result does on those added."""
 
     result: Result
     passes: int
