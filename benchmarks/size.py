@@ -42,11 +42,9 @@ from shrink.progress import silent
 TARGETS = (50.0, 45.0, 40.0)
 """For calibrated: PSNR in dB, of the outputs on synthetic inputs that it holds out."""
 
-_CALIBRATED = ("cdcgan", "vgg7", "upconv7")
-_NOT_CALIBRATED = {
-    "lstm": "not measured: its file has no graph (python -m benchmarks calibrated keras-lstm)",
-    "unet": "not measured: it takes minutes (python -m benchmarks calibrated unet)",
-}
+# The network that has these weights; the LSTM's file has no graph of its own.
+_CALIBRATED = {"cdcgan": "cdcgan", "vgg7": "vgg7", "upconv7": "upconv7", "lstm": "keras-lstm"}
+_NOT_CALIBRATED = "not measured: it takes minutes (python -m benchmarks calibrated unet)"
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -101,12 +99,13 @@ def _measured(subject: Subject, path: Path) -> list[dict[str, Any]]:
             shrink.save(shrink.quantize(model, mode), out)
             decoded = {t.name: t.array for t in safetensors.read(out).tensors}
             rows.append(row(f"shrink {mode}", out.stat().st_size, weights_sqnr_db(arrays, decoded)))
-    for label, entries in _calibrated(subject):
-        if entries is None:
+    for label, found in _calibrated(subject):
+        if found is None:
             rows.append({"mode": "shrink calibrated", "not_measured": label})
             continue
+        original, entries = found
         changed = {entry.name: entry.array for entry in entries}
-        rows.append(row(label, file_bytes(entries)[0], weights_sqnr_db(arrays, {**arrays, **changed})))
+        rows.append(row(label, file_bytes(entries)[0], weights_sqnr_db(original, {**original, **changed})))
     for peer in _peers(subject, model, path):
         if peer["bytes"] is None:
             rows.append({"mode": peer["name"], "not_measured": peer["note"]})
@@ -121,13 +120,16 @@ def _measured(subject: Subject, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _calibrated(subject: Subject) -> Iterator[tuple[str, list[Entry] | None]]:
-    """The entries at each target by what to call them; None and the reason where there are none."""
+def _calibrated(subject: Subject) -> Iterator[tuple[str, tuple[Weights, list[Entry]] | None]]:
+    """The weights as they were, and the entries at each target by what to call them; None and the reason where there
+    are none."""
     if subject.name not in _CALIBRATED:
-        yield _NOT_CALIBRATED[subject.name], None
+        yield _NOT_CALIBRATED, None
         return
     with tempfile.TemporaryDirectory() as folder:
-        trial = subjects.TRIALS[subject.name](Path(folder))
+        trial = subjects.TRIALS[_CALIBRATED[subject.name]](Path(folder))
+        model = drop_state(trial.network.model)
+        original: Weights = {t.name: t.array for t in model.tensors if t.dtype.kind == "f" and t.size}
         label = next(iter(trial.calibrations))
         calibrator = calibrator_of(trial, label)
         for target in TARGETS:
@@ -137,7 +139,7 @@ def _calibrated(subject: Subject) -> Iterator[tuple[str, list[Entry] | None]]:
                 yield f"not measured: {error.message}", None
                 continue
             if isinstance(found, Result):
-                yield f"shrink calibrated, {target:g} dB", list(entries_of(trial, found))
+                yield f"shrink calibrated, {target:g} dB", (original, list(entries_of(trial, found)))
 
 
 def _peers(subject: Subject, model: Model, path: Path) -> list[dict[str, Any]]:

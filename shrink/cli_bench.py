@@ -18,10 +18,9 @@ from tabulate import tabulate
 from shrink import formats, given
 from shrink.bench import BACKENDS, MODES, NETWORKS, BrowserOptions, Inputs, Plan, document, measure, summary, wording
 from shrink.bench.document import RUNS_AT_MOST
-from shrink.cli_shared import command_line, debug_option, json_option
+from shrink.cli_shared import command_line, debug_option, json_option, listed, page_beside, write_page
 from shrink.errors import MissingDependency, OutputError, ShrinkError, UsageError, printable
-from shrink.files import atomic_file, io_errors
-from shrink.networks import chainer
+from shrink.files import io_errors
 from shrink.progress import Progress
 from shrink.terminal import emit, in_words, size_on_disk
 
@@ -113,7 +112,7 @@ def bench_command(
     bounds += [summary.bound(text, at_most=True) for text in fail_over]
     if variants and modes is not None:
         raise UsageError("--modes makes variants, and files are variants already", hint="give one of the two")
-    page, numbers = _outputs(output or _default_output(model, weights))
+    page, numbers = _outputs(output or page_beside(model, weights, "bench"))
     _check_outputs([page, numbers], [Path(model), *variants, *_present(weights, data, labels)], force)
     _needs_templates()
     for path in variants:
@@ -124,7 +123,7 @@ def bench_command(
         model,
         datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         command=command_line(context),
-        modes=_listed(modes, "--modes") if modes is not None else MODES,
+        modes=listed(modes, "--modes") if modes is not None else MODES,
         files=variants,
         inputs=Inputs(data, labels, samples),
         browser=_browser_options(**browser),
@@ -167,24 +166,17 @@ def report_command(data: Path, output: Path | None, force: bool, as_json: bool) 
     # What was rendered may be rendered again.
     _check_outputs([page], [data], force or _is_report(page))
     _needs_templates()
-    from shrink.bench import curve
+    from shrink.bench import curve, report
 
     if curve.is_one(data):
         _draw_curve(data, page, as_json)
         return
     found = document.read(data)
-    _write_page(found, page)
+    write_page(page, report.render(found))
     _show(found, [], page, data, as_json)
 
 
 # What is asked
-
-
-def _listed(text: str, option: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise UsageError(f"{option} {printable(text)!r} has an empty name in it")
-    return names
 
 
 def _browser_options(
@@ -197,19 +189,13 @@ def _browser_options(
     visits: int,
     chromium: Path | None,
 ) -> BrowserOptions:
-    names = () if backends.strip() == "none" else _listed(backends, "--backends")
+    names = () if backends.strip() == "none" else listed(backends, "--backends")
     if len(set(names)) < len(names):
         raise UsageError("a backend is named twice")
     return BrowserOptions(names, network, runs, seconds, visits, chromium, server)
 
 
 # Where it goes
-
-
-def _default_output(model: str, weights: Path | None) -> Path:
-    """Beside the file of the weights, as `shrink quantize` does."""
-    path = weights if weights is not None and chainer.is_network(model) else Path(model)
-    return path.with_name(f"{path.stem or path.resolve().name}.bench.html")
 
 
 def _outputs(page: Path) -> tuple[Path, Path]:
@@ -251,8 +237,10 @@ def _needs_templates() -> None:
 
 
 def _finish(found: Document, notes: Sequence[str], page: Path, numbers: Path, as_json: bool) -> None:
+    from shrink.bench import report
+
     document.write(found, numbers)
-    _write_page(found, page)
+    write_page(page, report.render(found))
     _show(found, notes, page, numbers, as_json)
 
 
@@ -267,20 +255,11 @@ def _keep(part: Document, error: BaseException, notes: Sequence[str], page: Path
         click.echo(f"shrink: error: what had been measured is lost: {another}", err=True)
 
 
-def _write_page(found: Document, page: Path) -> None:
-    from shrink.bench import report
-
-    text = report.render(found)
-    with atomic_file(page) as out:
-        out.write(text.encode())
-
-
 def _draw_curve(data: Path, page: Path, as_json: bool) -> None:
     from shrink.bench import curve, curve_page
 
     found = curve.read(data)
-    with atomic_file(page) as out:
-        out.write(curve_page.render(found).encode())
+    write_page(page, curve_page.render(found))
     written = f"Written: {printable(page, at_most=1000)} ({in_words(size_on_disk(page))})"
     emit(found, [], [], [curve_page.headline(found), written], as_json, None)
 

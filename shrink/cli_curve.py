@@ -12,10 +12,8 @@ from tabulate import tabulate
 
 from shrink import given
 from shrink.cli_calibrate import Calibrating, calibration_of, calibration_options, is_made_up
-from shrink.cli_shared import beside, check_output, command_line, debug_option, force_option
+from shrink.cli_shared import check_output, command_line, debug_option, force_option, listed, page_beside, write_page
 from shrink.errors import MissingDependency, UsageError, printable
-from shrink.files import atomic_file
-from shrink.networks import chainer
 from shrink.terminal import bar, emit, in_words, size_on_disk
 
 __all__ = ["curve_command"]
@@ -67,7 +65,7 @@ def curve_command(
     """
     asked = Calibrating(**calibrating)
     if output is None and not as_json:
-        output = _default_output(model, weights)
+        output = page_beside(model, weights, "curve")
     page, numbers = _outputs(output)
     inputs_on_disk = [path for path in (Path(model), weights, asked.calibrate) if path is not None]
     for path in (page, numbers):
@@ -107,19 +105,10 @@ def curve_command(
 
 def _modes(text: str) -> tuple[str, ...]:
     """`int8,prune+int8` as modes are called: `int8` and `prune,int8`."""
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise UsageError(f"--modes {printable(text)!r} has an empty name in it")
-    return tuple(name.replace("+", ",") for name in names)
+    return tuple(name.replace("+", ",") for name in listed(text, "--modes"))
 
 
 # Where it goes
-
-
-def _default_output(model: str, weights: Path | None) -> Path:
-    """Beside the file of the weights, as `shrink quantize` does."""
-    path = weights if weights is not None and chainer.is_network(model) else Path(model)
-    return beside(path, "curve", ".html")
 
 
 def _outputs(output: Path | None) -> tuple[Path | None, Path | None]:
@@ -144,9 +133,7 @@ def _finish(found: Document, notes: Sequence[str], page: Path | None, numbers: P
     if page is not None:
         from shrink.bench import curve_page
 
-        text = curve_page.render(found)
-        with atomic_file(page) as out:
-            out.write(text.encode())
+        write_page(page, curve_page.render(found))
     _show(found, notes, page, numbers, as_json)
 
 

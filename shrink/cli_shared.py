@@ -13,8 +13,9 @@ import click
 from click.core import ParameterSource
 
 from shrink import formats
-from shrink.errors import OutputError, UsageError
-from shrink.files import io_errors
+from shrink.errors import OutputError, UsageError, printable
+from shrink.files import atomic_file, io_errors
+from shrink.networks import chainer
 from shrink.pipeline import Difference
 
 __all__ = [
@@ -29,11 +30,14 @@ __all__ = [
     "force_option",
     "json_option",
     "level_option",
+    "listed",
     "model_argument",
     "no_compress_option",
     "number_of",
+    "page_beside",
     "shape_of",
     "total_difference",
+    "write_page",
 ]
 
 model_argument = click.argument("model", type=click.Path(path_type=Path))
@@ -65,6 +69,24 @@ def default_output(model: Path, source: str, mode: str, stores: frozenset[str]) 
     stays = own.NAME in ("webdnn", "onnx") and stores <= own.HOLDS and model.suffix.lower() == own.SUFFIX
     suffix = own.SUFFIX if stays else ".safetensors"
     return beside(model, mode.replace(",", "-").replace(" ", ""), suffix)
+
+
+def page_beside(model: str, weights: Path | None, word: str) -> Path:
+    """`<stem>.<word>.html` beside the file of the weights, as `shrink quantize` puts its result."""
+    return beside(weights if weights is not None and chainer.is_network(model) else Path(model), word, ".html")
+
+
+def write_page(page: Path, text: str) -> None:
+    with atomic_file(page) as out:
+        out.write(text.encode())
+
+
+def listed(text: str, option: str) -> tuple[str, ...]:
+    """The names between commas. Raises UsageError where one is empty."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise UsageError(f"{option} {printable(text)!r} has an empty name in it")
+    return names
 
 
 def check_output(output: Path | None, models: Sequence[Path], force: bool, *, folder: bool = False) -> None:

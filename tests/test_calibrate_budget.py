@@ -32,7 +32,7 @@ from tests.zoo import NETWORKS
     ],
 )
 def test_how_many_gradients(samples: int, outputs: int, each: int, expected: tuple[int, int]) -> None:
-    assert budget.probed(samples, outputs, each) == expected
+    assert budget.probed(samples, outputs, lambda: each) == expected
 
 
 def test_multiplications_of_a_dense_network() -> None:

@@ -4,7 +4,7 @@ network and the same inputs give the same bytes on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -37,12 +37,12 @@ def affordable(samples: int, each: int) -> int:
     return 0
 
 
-def probed(samples: int, outputs: int, each: int) -> tuple[int, int]:
+def probed(samples: int, outputs: int, each: Callable[[], int]) -> tuple[int, int]:
     """Of how many samples to take gradients, and of how many combinations of each one's outputs, where a sample has so
-    many `outputs` and a gradient takes `each` multiplications."""
+    many `outputs`. `each` says how many multiplications a gradient takes; it is asked where that matters."""
     if outputs > _LARGE_OUTPUT:
         return min(samples, _LARGE_SAMPLES), _LARGE_PROBES
-    runs = min(max(_ON_GRADIENTS // max(1, each), _LEAST_RUNS), _MOST_RUNS)
+    runs = min(max(_ON_GRADIENTS // max(1, each()), _LEAST_RUNS), _MOST_RUNS)
     probes = min(max(runs // samples, _LEAST_PROBES), _PROBES_AT_MOST)
     return min(samples, runs // probes), probes
 

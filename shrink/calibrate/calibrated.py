@@ -265,8 +265,9 @@ class Calibrator:
         if stored is not None and {name: g.shape for name, g in stored.items()} == shapes:
             return stored
         outputs = sum(value.size for value in self.outputs[0].values())
-        each = budget.of_a_gradient(self._graph, self._layers, self._fits[0])
-        count, probes = budget.probed(len(self._fits), outputs, each)
+        count, probes = budget.probed(
+            len(self._fits), outputs, lambda: budget.of_a_gradient(self._graph, self._layers, self._fits[0])
+        )
         samples = self._fits[:count]
 
         def on_sample(number: int) -> None:
