@@ -167,6 +167,11 @@ def test_it_says_when_other_pictures_do_worse(tmp_path: Path) -> None:
     assert alike["synthetic_psnr_db"] is None
 
 
+def test_a_network_that_writes_adds_texts_to_few(tmp_path: Path) -> None:
+    outcome, _ = calibrate(ZOO["lstm"], tmp_path, "--input", "1,32", "--step", 0.05, count=8)
+    assert "Calibrated on 6 samples and 32 texts of its own, measured on 2 others (samples.npz)." in outcome.stdout
+
+
 def test_the_size_is_kept_and_used(tmp_path: Path) -> None:
     outcome, output = calibrate(RESIDUAL, tmp_path, "--max-mb", 0.013, "--json", count=16)
     said = result(outcome)
