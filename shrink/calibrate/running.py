@@ -178,6 +178,8 @@ class Program:
         options.log_severity_level = 3
         # What one run needs goes back to the system after it: the widest layers want that room.
         options.enable_cpu_mem_arena = False
+        # Threads that wait busily for the next run take time from the matrix products between runs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if names:
             options.add_external_initializers(names, values)
         self._session: Any = None
