@@ -84,7 +84,7 @@ def _row(row: Mapping[str, Any]) -> list[str]:
 
 def _measured(subject: Subject, path: Path) -> list[dict[str, Any]]:
     model = drop_state(shrink.load(path))
-    arrays: Weights = {t.name: t.array for t in model.tensors if t.dtype.kind == "f" and t.size}
+    arrays = _weights(model)
     float_bytes = sum(4 * x.size for x in arrays.values())
 
     def row(mode: str, size: int, sqnr_db: float | None, packed: int | None = None) -> dict[str, Any]:
@@ -120,6 +120,10 @@ def _measured(subject: Subject, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _weights(model: Model) -> Weights:
+    return {t.name: t.array for t in model.tensors if t.dtype.kind == "f" and t.size}
+
+
 def _calibrated(subject: Subject) -> Iterator[tuple[str, tuple[Weights, list[Entry]] | None]]:
     """The weights as they were, and the entries at each target by what to call them; None and the reason where there
     are none."""
@@ -128,8 +132,7 @@ def _calibrated(subject: Subject) -> Iterator[tuple[str, tuple[Weights, list[Ent
         return
     with tempfile.TemporaryDirectory() as folder:
         trial = subjects.TRIALS[_CALIBRATED[subject.name]](Path(folder))
-        model = drop_state(trial.network.model)
-        original: Weights = {t.name: t.array for t in model.tensors if t.dtype.kind == "f" and t.size}
+        original = _weights(drop_state(trial.network.model))
         label = next(iter(trial.calibrations))
         calibrator = calibrator_of(trial, label)
         for target in TARGETS:

@@ -308,7 +308,7 @@ class _Finder:
                 if further is not None:
                     left.append(further)
                     continue
-                rule = LINEAR.get(node.op_type) if node.domain in _DOMAINS else None
+                rule = LINEAR.get(node.op_type) if is_standard(node) else None
                 linear = rule(Call(node, slot, place.shape)) if rule else None
                 if linear is None or linear.input in self._constant:
                     others += 1
@@ -320,7 +320,7 @@ class _Finder:
     def _laid_out(self, place: _Place, number: int, slot: int) -> _Place | None:
         """The output of a node that does no more than lay its input out anew."""
         node = self._nodes[number]
-        ours = node.domain in _DOMAINS and slot == 0 and number > place.node and len(place.steps) < _STEPS_AT_MOST
+        ours = is_standard(node) and slot == 0 and number > place.node and len(place.steps) < _STEPS_AT_MOST
         if not ours or len(node.output) != 1 or not node.output[0]:
             return None
         call, shape = Call(node, slot, place.shape), place.shape
@@ -390,7 +390,7 @@ class _Finder:
         if not output or len(users) != 1 or self._others[output]:
             return ""
         add = self._nodes[users[0][0]]
-        if add.op_type != "Add" or add.domain not in _DOMAINS or len(add.input) != 2:
+        if add.op_type != "Add" or not is_standard(add) or len(add.input) != 2:
             return ""
         return str(add.input[1 - users[0][1]])
 

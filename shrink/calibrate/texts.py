@@ -1,7 +1,7 @@
 """Texts by a network itself: what one that guesses the next token is used on is much like what it goes on to write.
 
-Windows of random tokens move on by one token at a time, which is drawn as likely as the network says, until nothing of
-their beginning is left. What the network was trained on need not be known.
+Windows of random tokens, or of the user's own, move on by one token at a time, which is drawn as likely as the network
+says, until nothing of their beginning is left. What the network was trained on need not be known.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def _moved_on(network: Network, starts: Sequence[Values], seed: int, progress: P
     ((name, first),) = starts[0].items()
     tokens, found = vocabulary(network).get(name, 0), layers(network.model)
     is_one_hot = first.dtype.kind == "f"
-    if first.ndim != 2 + is_one_hot or first.shape[1] < 2 or not (all(map(_is_one_hot, starts)) or not is_one_hot):
+    if first.ndim != 2 + is_one_hot or first.shape[1] < 2:
+        return ()
+    if is_one_hot and not all(map(_has_ones, starts)):
         return ()
     graph = Graph(network, found)
     program = graph.program({name: first.dtype}, graph.outputs[:1])
@@ -107,7 +109,8 @@ def _moved_on(network: Network, starts: Sequence[Values], seed: int, progress: P
     return tuple(out)
 
 
-def _is_one_hot(sample: Values) -> bool:
+def _has_ones(sample: Values) -> bool:
+    """Whether there is a single 1 in the place of each token."""
     value = _only(sample)
     return bool(((value == 0) | (value == 1)).all() and (value.sum(axis=-1) == 1).all())
 
